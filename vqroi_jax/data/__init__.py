@@ -1,0 +1,1 @@
+"""From a folder of MRIs to batches of regions of interest."""

@@ -1,0 +1,1 @@
+"""Networks, as Linen modules. They know no losses and no training."""

@@ -1,0 +1,1 @@
+"""What every training task shares: the loop, states, optimisers, checkpoints, sharding, metrics."""
