@@ -1,0 +1,36 @@
+"""Optimisers as the recipes of the design name them; the learning rate is applied by the step, by global step.
+
+Keeping the rate outside lets a network that starts late (the discriminator) stand at the schedule's present value.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+
+def make_optimizer(settings: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Adam with gradients clipped by value, without a learning rate.
+
+    Args:
+        settings: `b1`, `b2`, `epsilon` and `clip_value` (largest absolute gradient; 0: no clipping).
+    """
+    clip = optax.clip(settings.clip_value) if settings.clip_value > 0 else optax.identity()
+    return optax.chain(clip, optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.epsilon))
+
+
+def cosine_rate(settings: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+    """Learning rate by step: half a cosine from `learning_rate` to `final_learning_rate` over the whole run."""
+    return optax.cosine_decay_schedule(
+        settings.learning_rate, steps, alpha=settings.final_learning_rate / settings.learning_rate
+    )
+
+
+def apply(params: optax.Params, updates: optax.Updates, rate: jax.Array) -> optax.Params:
+    """`params - rate * updates`, in the parameters' dtype."""
+    return jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), params, updates)
+
+
+def gradient_norm(gradients: optax.Updates) -> jax.Array:
+    """Euclidean norm over all leaves; float32 scalar."""
+    return jnp.asarray(optax.global_norm(gradients), jnp.float32)
