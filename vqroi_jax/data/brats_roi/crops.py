@@ -1,0 +1,181 @@
+"""Cuts the ROI of every scan out of its volume, in parallel processes.
+
+Stands between `cohort` (which scans there are) and the TFDS builder (which stores the ROIs by split): splits are made
+of the patients that turned out to be usable, so ROIs first go to a scratch folder, one small file a scan. Each volume
+is opened once, and what passes between processes is a few numbers.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from vqroi_jax.data.cohort import Problem, Scan
+from vqroi_jax.data.roi import PatientError, Roi, read_roi
+from vqroi_jax.errors import InputError
+
+
+def save_crop(path: Path, roi: Roi) -> None:
+    """Writes an ROI to an .npz file: the mask as bits, and the values of the tumour's voxels alone."""
+    np.savez(
+        path,
+        size=roi.mask.shape,
+        mask=np.packbits(roi.mask),
+        values=roi.raw[roi.mask],
+        offset=roi.offset,
+        shape=roi.shape,
+        affine=roi.affine,
+        range=roi.range,
+        background=roi.background,
+    )
+
+
+def load_crop(path: Path) -> dict[str, np.ndarray]:
+    """Reads back what `save_crop` wrote, as the array features of the TFDS builder.
+
+    Returns:
+        volume [D,H,W] (raw intensities, 0 outside the mask; dtype as in `Roi.raw`), mask bool [D,H,W], offset and
+        shape int32 [3], affine float64 [4,4], range float64 [2], background float64 [].
+    """
+    with np.load(path) as crop:
+        size = tuple(crop['size'])
+        mask = np.unpackbits(crop['mask'], count=int(np.prod(size))).view(bool).reshape(size)
+        volume = np.zeros(size, crop['values'].dtype)
+        volume[mask] = crop['values']
+        return {
+            'volume': volume,
+            'mask': mask,
+            'offset': crop['offset'].astype(np.int32),
+            'shape': crop['shape'].astype(np.int32),
+            'affine': crop['affine'],
+            'range': crop['range'].astype(np.float64),
+            'background': crop['background'].astype(np.float64),
+        }
+
+
+def describe(scan: Scan, roi: Roi) -> dict:
+    """What `cohort.json` says of a scan: numbers and strings; mL, mm, and depth, height, width."""
+    axes = np.asarray(roi.affine)[:3, :3]
+    digest = hashlib.sha256(np.packbits(roi.mask).tobytes())
+    digest.update(roi.raw[roi.mask].tobytes())
+    return {
+        'id': scan.id,
+        'patient': scan.patient,
+        'label': scan.label,
+        'image': str(scan.image),
+        'mask': str(scan.mask),
+        'shape': [int(side) for side in roi.shape],
+        'spacing': [round(step, 4) for step in roi.spacing],
+        'affine': np.asarray(roi.affine, float).tolist(),
+        'offset': [int(start) for start in roi.offset],
+        'dtype': roi.raw.dtype.name,
+        'range': [float(bound) for bound in roi.range],
+        'background': float(roi.background),
+        'counts': {name: int(count) for name, count in roi.counts.items()},
+        'tumour_ml': float(roi.counts['tumour_voxels'] * abs(np.linalg.det(axes)) / 1000),
+        'sha256': digest.hexdigest(),
+    }
+
+
+def crop_scan(scan: Scan, data: ConfigDict, path: Path) -> dict | Problem:
+    """Crops one scan to `path`; returns what `describe` says of it, or why it cannot be used."""
+    try:
+        roi = read_roi(scan, data)
+    except PatientError as error:
+        return error.problem
+    save_crop(path, roi)
+    return describe(scan, roi)
+
+
+def crop_scans(scans: Sequence[Scan], data: ConfigDict, folder: Path) -> tuple[dict[str, dict], list[Problem]]:
+    """Crops scans in `data.workers` processes (0: one a core), each to `crop_path(folder, position)`.
+
+    Returns:
+        What `describe` says of each usable scan, by id in the order of `scans`; and the faults of the others, in the
+        same order. Two scans with the very same tumour voxels are a fault of the second.
+
+    Raises:
+        InputError: A process was killed (memory), or the disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results: list = [None] * len(scans)
+    bar = tqdm(total=len(scans), desc='cropping', unit='patient', disable=None)
+    try:
+        with bar:
+            for position, result in _in_processes(scans, data, folder):
+                results[position] = result
+                bar.update()
+    except BrokenProcessPool as error:
+        raise InputError(
+            'a process that crops was killed, most likely for want of memory; use fewer: --config.data.workers=1'
+        ) from error
+    except OSError as error:
+        raise InputError(f'cannot write the ROIs to {folder}: {error.strerror or error}') from error
+    return _refuse_twins(scans, results)
+
+
+def crop_path(folder: Path, position: int) -> Path:
+    """The scratch file of the scan at `position` in the list given to `crop_scans`."""
+    return folder / f'{position:06d}.npz'
+
+
+def _in_processes(scans: Sequence[Scan], data: ConfigDict, folder: Path) -> Iterator[tuple[int, dict | Problem]]:
+    """Yields (position, result) as they come; on one worker in this process."""
+    workers = min(data.workers or _cores(), len(scans))
+    if workers <= 1:
+        for position, scan in enumerate(scans):
+            yield position, crop_scan(scan, data, crop_path(folder, position))
+        return
+    # Spawned, not forked: JAX's threads may run here already, and a fork would copy their locks.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), initializer=_die_with_parent)
+    try:
+        futures = {
+            pool.submit(crop_scan, scan, data, crop_path(folder, position)): position
+            for position, scan in enumerate(scans)
+        }
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _die_with_parent() -> None:
+    """Makes a worker end when the process that started it is gone, even by SIGKILL; by itself it would stay."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _refuse_twins(scans: Sequence[Scan], results: list[dict | Problem]) -> tuple[dict[str, dict], list[Problem]]:
+    """Parts results into usable and faulty; a tumour seen before, to the last voxel, is a fault."""
+    usable, problems, seen = {}, [], {}
+    for scan, result in zip(scans, results, strict=True):
+        if isinstance(result, Problem):
+            problems.append(result)
+        elif result['sha256'] in seen:
+            twin = seen[result['sha256']]
+            message = f'has the same tumour, voxel for voxel, as {twin}: one patient under two names?'
+            problems.append(Problem(scan.id, str(scan.image), message))
+        else:
+            seen[result['sha256']] = scan.id
+            usable[scan.id] = result
+    return usable, problems

@@ -1,0 +1,308 @@
+"""The command `prepare`, and the first thing that every training command does: a cohort becomes stored ROIs.
+
+    cohort folder -> scans (data.cohort) -> crops (data.brats_roi.crops) -> splits (data.splits)
+                  -> records (data.brats_roi) -> batches (data.pipeline)
+
+Leaves in the folder: `splits.json`, `cohort.json`, `figures/cohort.png` and the TFDS dataset `brats_roi/`. All is made
+in a scratch folder and moved into place, `cohort.json` last, so that a preparation that was interrupted starts anew.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vqroi_jax import viz
+from vqroi_jax.data.brats_roi.brats_roi_dataset_builder import Builder
+from vqroi_jax.data.brats_roi.crops import crop_path, crop_scans, load_crop
+from vqroi_jax.data.cohort import Cohort, Problem, find_cohort
+from vqroi_jax.data.phantom import write_phantom_cohort
+from vqroi_jax.data.pipeline import (
+    COHORT_FILE,
+    DATASET_FOLDER,
+    FORMAT,
+    PreparedCohort,
+    is_prepared,
+    open_cohort,
+)
+from vqroi_jax.data.roi import scale
+from vqroi_jax.data.splits import SPLITS, split_patients, write_splits
+from vqroi_jax.errors import InputError
+from vqroi_jax.workdir import open_workdir
+
+_SCRATCH = '.preparing'
+_PHANTOM_VOXELS = 240 * 240 * 155  # at 1 mm
+_DISK_RESERVE = 2**26  # bytes, for what is small
+_COUNTS = {  # of `Roi.counts`, those that say something is odd
+    'negative_voxels': 'below the background, clipped to it',
+    'nan_voxels': 'not a number, set to the background',
+    'zero_voxels': "of the background's own intensity",
+    'cropped_voxels': 'of tumour outside the box, cropped',
+}
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Runs `--config=configs/prepare.py`."""
+    with open_workdir(workdir, config):
+        prepare(config.data, workdir)
+
+
+def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
+    """Makes sure that `folder` holds the ROIs that `data` describes, and opens them.
+
+    What is there is used again if the settings and the source files (path, size, time of change) are the same. Without
+    `data.path` a phantom cohort is written to `folder/phantom` first. A `data.path` that is itself a prepared folder is
+    opened where it is. Only one process may do this at a time; of several hosts the others call `open_cohort` after.
+
+    Args:
+        data: The `data` block of a config (see configs/prepare.py).
+        folder: Where to; made if missing.
+
+    Raises:
+        InputError: A setting or the cohort cannot be used, or the disk is full. With `data.on_error='stop'` also any
+            faulty patient, once all have been looked at; every one is printed.
+    """
+    _check_settings(data)
+    folder = Path(folder)
+    if data.path and is_prepared(Path(data.path).expanduser()):
+        return _open_as_asked(data)
+    settings = _settings(data)
+    synthetic = not data.path
+    if synthetic:
+        data = _phantom_data(data, folder)
+    cohort = find_cohort(data)
+    key = _key(settings, cohort)
+    if is_prepared(folder):
+        prepared = open_cohort(folder)
+        if prepared.report['key'] == key and (data.on_error == 'skip' or not prepared.report['problems']):
+            print(f'Using the ROIs of {len(prepared.scans)} scans prepared in {folder}.')
+            return prepared
+        what = 'files' if prepared.report['settings'] == settings else 'settings'
+        print(f'The {what} of the cohort are not those that {folder} was prepared with; preparing it again.')
+    report = {'format': FORMAT, 'key': key, 'settings': settings, 'synthetic': synthetic}
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_disk(folder, len(cohort.scans) * int(np.prod(data.roi_size)))
+    scratch = folder / _SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        _prepare_in(scratch, folder, cohort, data, report)
+    except OSError as error:
+        raise InputError(f'cannot write to {folder}: {error.strerror or error}') from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    prepared = open_cohort(folder)
+    print(cohort_table(prepared.report))
+    return prepared
+
+
+def _prepare_in(scratch: Path, folder: Path, cohort: Cohort, data: ConfigDict, report: dict) -> None:
+    """Crops, splits and stores in `scratch`, then moves the result to `folder`."""
+    for problem in cohort.problems:
+        print(f'cannot be used: {problem}')
+    crops, faults = crop_scans(cohort.scans, data, scratch / 'crops')
+    for problem in faults:
+        print(f'cannot be used: {problem}')
+    problems = [*cohort.problems, *faults]
+    _stop_on(problems, len(crops), data.on_error)
+
+    usable = {
+        scan.id: (scan, crop_path(scratch / 'crops', n)) for n, scan in enumerate(cohort.scans) if scan.id in crops
+    }
+    splits, warnings = split_patients([scan for scan, _ in usable.values()], cohort.classes, data.split)
+    records = {
+        name: [(scan.id, scan.patient, scan.label, path) for scan, path in map(usable.get, ids)]
+        for name, ids in splits.items()
+        if ids
+    }
+    dtype = np.result_type(*(crop['dtype'] for crop in crops.values())).name
+    Builder(roi_size=data.roi_size, dtype=dtype, classes=cohort.classes, splits=records, data_dir=scratch).build()
+
+    report |= {
+        'version': str(Builder.VERSION),
+        'path': cohort.path,
+        'layout': cohort.layout,
+        'classes': list(cohort.classes),
+        'roi_size': list(data.roi_size),
+        'scans': [{**crops[scan], 'split': name} for name in SPLITS for scan in splits[name]],
+        'problems': [vars(problem) for problem in problems],
+        'warnings': warnings,
+    }
+    figure = _contact_sheet(cohort.classes, records)
+    (folder / COHORT_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / DATASET_FOLDER, ignore_errors=True)
+    (scratch / DATASET_FOLDER).rename(folder / DATASET_FOLDER)
+    write_splits(folder / 'splits.json', splits)
+    (folder / 'figures').mkdir(exist_ok=True)
+    figure.savefig(folder / 'figures' / 'cohort.png')
+    part = folder / (COHORT_FILE + '.part')
+    part.write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
+    os.replace(part, folder / COHORT_FILE)
+
+
+def cohort_table(report: Mapping) -> str:
+    """What a person wants to know of a prepared cohort, as lines of text.
+
+    Args:
+        report: The content of `cohort.json`.
+
+    Returns:
+        Patients of each class and split, tumour volumes, shapes and spacings, what was counted, and what was left out.
+    """
+    scans = report['scans']
+    patients = len({scan['patient'] for scan in scans})
+    kind = 'SYNTHETIC phantoms' if report['synthetic'] else f'layout {report["layout"]}'
+    lines = [f'{report["path"]} ({kind}): {patients} patients, {len(scans)} scans', '', *_class_lines(report), '']
+    for title, field, form in (('voxels', 'shape', 'd'), ('spacing, mm', 'spacing', 'g')):
+        found = Counter(' x '.join(f'{side:{form}}' for side in scan[field]) for scan in scans)
+        shown = [f'{value} ({count} scans)' for value, count in found.most_common(4)]
+        rest = [f'{len(found) - 4} others'] if len(found) > 4 else []
+        lines.append(f'{title} (depth, height, width): {", ".join(shown + rest)}')
+    lines.append(f'ROI: {" x ".join(map(str, report["roi_size"]))} voxels (depth, height, width)')
+    for name, meaning in _COUNTS.items():
+        of_scans = [scan['counts'][name] for scan in scans if scan['counts'][name]]
+        if of_scans:
+            lines.append(f'{meaning}: {sum(of_scans)} voxels in {len(of_scans)} scans')
+    if shifted := [scan['background'] for scan in scans if scan['background']]:
+        span = f'{min(shifted):.4g} to {max(shifted):.4g}'
+        lines.append(f'background not 0 ({span}), so shifted to 0: {len(shifted)} scans')
+    lines += [f'warning: {warning}' for warning in report['warnings']]
+    lines += [f'left out: {Problem(**problem)}' for problem in report['problems']]
+    return '\n'.join(lines)
+
+
+def _class_lines(report: Mapping) -> list[str]:
+    """The table of patients and tumour volumes; a class's patients are counted once each."""
+    lines = [
+        f'{"class":16}' + ''.join(f'{name:>7}' for name in (*SPLITS, 'all')) + '   tumour, mL: min  median     max'
+    ]
+    rows = [(name, {name}) for name in report['classes']]
+    if len(rows) > 1:
+        rows.append(('all', set(report['classes'])))
+    for title, classes in rows:
+        scans = [scan for scan in report['scans'] if scan['label'] in classes]
+        of_split = [{scan['patient'] for scan in scans if scan['split'] == name} for name in SPLITS]
+        counts = [*map(len, of_split), len(set().union(*of_split))]
+        volumes = [scan['tumour_ml'] for scan in scans]
+        line = f'{title:16}' + ''.join(f'{count:7d}' for count in counts)
+        if volumes:
+            line += f'{min(volumes):18.1f}{np.median(volumes):8.1f}{max(volumes):8.1f}'
+        lines.append(line)
+    return lines
+
+
+def _check_settings(data: ConfigDict) -> None:
+    """Refuses what no cohort could make right."""
+    if len(data.roi_size) != 3 or not all(isinstance(side, int) and side > 0 for side in data.roi_size):
+        raise InputError(
+            f'data.roi_size={tuple(data.roi_size)}: expected three whole numbers above 0 (depth, height, width)'
+        )
+    for field, known in (('on_error', ('stop', 'skip')), ('oversize', ('refuse', 'crop'))):
+        if data[field] not in known:
+            raise InputError(f'data.{field}={data[field]!r} is not known; choose one of {", ".join(known)}')
+    if data.workers < 0:
+        raise InputError(f'data.workers={data.workers}: expected a number of processes, or 0 for one a core')
+
+
+def _open_as_asked(data: ConfigDict) -> PreparedCohort:
+    """Opens the prepared folder `data.path`, if its ROIs have the asked size and classes."""
+    prepared = open_cohort(Path(data.path).expanduser())
+    for field, found in (('roi_size', prepared.roi_size), ('classes', prepared.classes)):
+        asked = tuple(data[field])
+        if asked and asked != found:
+            raise InputError(
+                f'{data.path} was prepared with {field}={found}, but data.{field}={asked} is asked for; '
+                'ask for the same, or give the cohort itself to prepare it again'
+            )
+    there = prepared.report['settings']
+    differ = [
+        f'{name}={there[name]}'
+        for name, value in _settings(data).items()
+        if name not in ('path', 'classes', 'phantom') and there[name] != value
+    ]
+    print(
+        f'Using the ROIs of {len(prepared.scans)} scans prepared in {data.path}'
+        + (f', as they are there: {", ".join(differ)}.' if differ else '.')
+    )
+    return prepared
+
+
+def _phantom_data(data: ConfigDict, folder: Path) -> ConfigDict:
+    """Writes the phantom cohort and returns settings that point to it."""
+    phantom = folder / 'phantom'
+    print(f'No --config.data.path: using SYNTHETIC phantoms, not patients, in {phantom}.')
+    if not phantom.exists():
+        voxels = 2 * data.phantom.patients * _PHANTOM_VOXELS / data.phantom.spacing**3
+        _check_disk(folder, int(voxels))
+    write_phantom_cohort(phantom, data.phantom, data.workers)
+    data = data.copy_and_resolve_references()
+    data.path = str(phantom)
+    return data
+
+
+def _settings(data: ConfigDict) -> dict:
+    """The settings that the ROIs depend on, as JSON has them."""
+    settings = data.to_dict()
+    del settings['workers'], settings['on_error']
+    if data.path:
+        del settings['phantom']
+    return json.loads(json.dumps(settings))
+
+
+def _key(settings: Mapping, cohort: Cohort) -> str:
+    """A hash of all that the prepared cohort depends on: settings, scans, and their files' sizes and times."""
+
+    def stamp(path: Path) -> Sequence:
+        try:
+            status = path.stat()
+        except OSError:
+            return (str(path), 'missing')
+        return (str(path), status.st_size, status.st_mtime_ns)
+
+    scans = [(scan.id, scan.patient, scan.label, stamp(scan.image), stamp(scan.mask)) for scan in cohort.scans]
+    problems = [vars(problem) for problem in cohort.problems]
+    content = json.dumps([FORMAT, str(Builder.VERSION), settings, cohort.classes, scans, problems])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    """Raises InputError if the disk of `folder` (which need not exist) has not `needed` bytes to spare.
+
+    Prepared ROIs take well below one byte a voxel of the box, of which `needed` is made: most of it is background.
+    """
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed + _DISK_RESERVE:
+        raise InputError(
+            f'{folder}: the prepared cohort may take {(needed + _DISK_RESERVE) / 1e9:.1f} GB, '
+            f'but the disk has {free / 1e9:.1f} GB left; make room, or choose another --workdir'
+        )
+
+
+def _stop_on(problems: Sequence[Problem], usable: int, on_error: str) -> None:
+    """Raises InputError if there are faults and the user wants to stop on them, or nothing is left without them."""
+    if problems and (on_error == 'stop' or not usable):
+        more = f' (and {len(problems) - 1} more, listed above)' if len(problems) > 1 else ''
+        remedy = (
+            '; mend or remove it, or leave faulty patients out with --config.data.on_error=skip'
+            if usable
+            else '; no scan is left'
+        )
+        total = len(problems) + usable
+        raise InputError(f'{len(problems)} of {total} scans cannot be used: {problems[0]}{more}{remedy}')
+
+
+def _contact_sheet(classes: Sequence[str], records: Mapping[str, Sequence[tuple[str, str, str, Path]]]):
+    """A figure of up to eight ROIs of each class, training patients first."""
+    shown = []
+    for name in classes:
+        of_class = [record for split in records.values() for record in split if record[2] == name]
+        shown += of_class[:8]
+    crops = [load_crop(path) for *_, path in shown]
+    volumes = np.stack([scale(crop['volume'], crop['range']) for crop in crops])
+    return viz.contact_sheet(volumes, [label for _, _, label, _ in shown], [scan for scan, *_ in shown])
