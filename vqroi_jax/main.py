@@ -1,0 +1,210 @@
+"""The command line: reads the config and the flags and starts the task that the config names.
+
+    python -m vqroi_jax.main --config=configs/NAME.py[:VARIANT] --workdir=DIR [--config.FIELD=VALUE ...]
+
+    --config         a Python file with get_config(variant); its `task` says what runs
+    --config.FIELD   sets one field, for instance --config.training.duration='500 steps'
+    --workdir        the folder that everything is written to; the same command again resumes the run
+    --help           this text, and the fields of --config if one is given
+
+Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with everything saved; 2 something that you can mend,
+told in one line.
+"""
+
+import difflib
+import errno
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from vqroi_jax.errors import InputError, Stopped
+
+# Imported when they are started: jax and its kin take seconds, and --help should not.
+TASKS = {
+    'prepare': 'vqroi_jax.prepare',
+    'vqgan': 'vqroi_jax.train_vqgan',
+    'demo': 'vqroi_jax.demo',
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the program's name and the arguments, as in `sys.argv`.
+
+    Returns:
+      The exit status.
+    """
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    flags.FLAGS.mark_as_parsed()  # libraries read their own absl flags, which keep their defaults
+    try:
+        arguments = parse_arguments(argv)
+        if arguments is None:
+            return 0
+        config, workdir = arguments
+        importlib.import_module(TASKS[config.task]).run(config, workdir)
+    except Stopped as stopped:
+        print(f'vqroi_jax: {stopped}')
+    except InputError as error:
+        return _fail(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(f'{error}: free some space, then run the same command again to resume')
+    except KeyboardInterrupt:
+        print('vqroi_jax: interrupted', file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments(argv: list[str]) -> tuple[ConfigDict, str] | None:
+    """Reads the command line.
+
+    Args:
+      argv: the program's name and the arguments.
+
+    Returns:
+      The locked config with its overrides, and the workdir; None if help was wanted, and printed.
+
+    Raises:
+      InputError: an unknown flag, field, task or variant, a value of the wrong type, something missing.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_string('config', None, 'config file', flag_values=values)
+    flags.DEFINE_string('workdir', None, 'where everything is written to', flag_values=values)
+    flags.DEFINE_bool('help', False, 'what the arguments are', flag_values=values, short_name='h')
+    try:
+        rest = values(argv, known_only=True)
+    except flags.Error as error:
+        raise InputError(str(error)) from None
+    for argument in rest[1:]:
+        flag = re.match(r'--?([a-z][^=]*)', argument, re.IGNORECASE)
+        if flag and not re.match(r'(no)?config\.', flag[1]):
+            raise InputError(f'there is no flag --{flag[1]}{_nearest(flag[1], ["config", "workdir", "help"])}')
+    if values.help:
+        print(__doc__)
+    if values.config is None:
+        if values.help:
+            return None
+        raise InputError('no --config given; give a config file, for instance --config=configs/demo.py')
+    config = load_config(values.config)
+    override(config, rest)
+    if values.help:
+        print(config)
+        return None
+    if config.get('task') not in TASKS:
+        raise InputError(f'{values.config}: task {config.get("task")!r} is none of {", ".join(TASKS)}')
+    if not values.workdir:
+        raise InputError('no --workdir given; name the folder to write to, for instance --workdir=runs/first')
+    return config, values.workdir
+
+
+def load_config(path: str) -> ConfigDict:
+    """Calls `get_config` of a config file.
+
+    Args:
+      path: PATH or PATH:VARIANT.
+
+    Returns:
+      The config, locked: fields can be set, but not added.
+
+    Raises:
+      InputError: no such file, not a config file, or a variant that it does not have.
+    """
+    name, *variant = path.split(':', 1)
+    if not Path(name).is_file():
+        raise InputError(f'--config={path}: there is no file {name}')
+    spec = importlib.util.spec_from_file_location('config', name)
+    if spec is None:
+        raise InputError(f'--config={path}: {name} is not a Python file')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, 'get_config'):
+            raise InputError(f'--config={path}: {name} has no function get_config')
+        config = module.get_config(*variant)
+    except (ValueError, SyntaxError) as error:
+        raise InputError(f'--config={path}: {error}') from error
+    return config.lock()
+
+
+def override(config: ConfigDict, argv: list[str]) -> None:
+    """Sets the fields of `config` that the command line names.
+
+    Args:
+      config: changed in place.
+      argv: the program's name, then only --config.FIELD=VALUE, --config.FIELD VALUE or --[no]config.FIELD.
+
+    Raises:
+      InputError: an unknown field, or a value of another type than the field has.
+    """
+    before = dict(_fields(config))
+    for argument in argv[1:]:
+        flag = re.match(r'--?(?:no)?config\.([^=]*)', argument)
+        if flag and flag[1] not in before:
+            raise InputError(f'the config has no field {flag[1]!r}{_nearest(flag[1], before)}')
+        if flag and isinstance(before[flag[1]], ConfigDict):
+            raise InputError(f'{flag[1]!r} is a block of fields; set them one by one')
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    try:
+        config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
+        unknown = values(argv)[1:]
+    except flags.IllegalFlagValueError as error:
+        name = re.match(r'flag --config\.([^=]*)=', str(error))[1]
+        kind = type(before[name]).__name__
+        raise InputError(f'{error}; a value of type {kind} is expected, such as {before[name]!r}') from None
+    except flags.Error as error:
+        raise InputError(str(error)) from None
+    if unknown:
+        raise InputError(f'{unknown[0]!r} is not an argument; set a field with --config.FIELD=VALUE')
+    for name, value in values['config'].override_values.items():
+        _check_tuple(name, value, before[name])
+
+
+def _fields(config: ConfigDict, prefix: str = '') -> Iterable[tuple[str, Any]]:
+    """All fields and blocks by their dotted names."""
+    for name, value in config.items():
+        yield prefix + name, value
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f'{prefix}{name}.')
+
+
+def _check_tuple(name: str, value: Any, before: Any) -> None:
+    """Refuses a tuple whose members are of another type than those that the config file has."""
+    if not isinstance(before, tuple) or not before:
+        return
+    kinds = (int, float) if isinstance(before[0], float) else (type(before[0]),)
+    if any(type(member) not in kinds for member in value):
+        kind = type(before[0]).__name__
+        raise InputError(f'--config.{name}={value}: members of type {kind} are expected, such as {before}')
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message: the known name that is most like `name`, as a whole or in its last part."""
+
+    def likeness(candidate: str) -> float:
+        pairs = ((candidate, name), (candidate.split('.')[-1], name.split('.')[-1]))
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    best = max(known, key=likeness, default=None)
+    return f'; did you mean {best!r}?' if best and likeness(best) > 1 else ''
+
+
+def _fail(message: Any) -> int:
+    print(f'vqroi_jax: error: {" ".join(str(message).split())}', file=sys.stderr)
+    return 2
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

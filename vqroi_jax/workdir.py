@@ -1,0 +1,160 @@
+"""The folder of a run: who may write to it, with which config, and whether there is room.
+
+Every command opens its workdir with `open_workdir` before it does anything else; later stages read the
+config of an earlier run with `read_config`.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vqroi_jax.errors import InputError
+
+CONFIG_FILE = 'config.json'
+LOCK_FILE = '.lock'
+SHOWN_DIFFERENCES = 8  # fields; more are counted
+
+
+def is_primary() -> bool:
+    """Whether this process is the one of the run that writes files and prints (starts no backend)."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
+    """Makes the folder, locks it for this process, and records the config or compares it with the recorded.
+
+    The lock is the operating system's, so it is gone when the process is, however it ends. Of several
+    processes of one run, only the primary one locks and writes.
+
+    Args:
+      workdir: the run's folder, on a local or mounted file system.
+      config: of the run. All of it counts: a run goes on with exactly the config that it began with.
+
+    Yields:
+      The folder.
+
+    Raises:
+      InputError: the folder cannot be made or written, is in use by another process, or holds a run with
+        another config (which is left as it is).
+    """
+    folder = Path(workdir)
+    if '://' in str(workdir):
+        raise InputError(f'--workdir={workdir}: a local or mounted folder is expected')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not is_primary():
+            yield folder
+            return
+        lock = open(folder / LOCK_FILE, 'a+', encoding='utf-8')  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise InputError(f'--workdir={workdir}: cannot be written to ({error.strerror}); name another') from None
+    with lock:
+        _lock(lock, folder)
+        _record_config(folder, config)
+        yield folder
+
+
+def read_config(workdir: str | Path) -> ConfigDict:
+    """The config that a run was started with; sequences are tuples, as in config files.
+
+    Raises:
+      InputError: there is no run in that folder, or its config.json is damaged.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    try:
+        plain = json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise InputError(f'{workdir} holds no run: {path} is missing') from None
+    except ValueError as error:
+        raise InputError(f'{path} is damaged ({error}); restore it, or use another workdir') from None
+    return ConfigDict(_tuples(plain)).lock()
+
+
+def require_space(folder: Path, size: int, what: str) -> None:
+    """Refuses to begin what the disk has no room for.
+
+    Args:
+      folder: an existing folder on that disk.
+      size: bytes needed.
+      what: for the message, e.g. 'the checkpoint of step 500'.
+
+    Raises:
+      InputError: fewer bytes are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise InputError(
+            f'no disk space: {what} needs {size / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB left; '
+            'free some, or name another --workdir'
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that, whenever the process dies, it is there as a whole or as it was."""
+    temporary = path.with_name(f'{path.name}.tmp')
+    with open(temporary, 'w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _lock(lock: Any, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or 'another process'
+        raise InputError(f'{folder} is in use by {holder}; wait for it to end, or name another --workdir') from None
+    lock.truncate(0)
+    lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    lock.flush()
+
+
+def _record_config(folder: Path, config: ConfigDict) -> None:
+    path = folder / CONFIG_FILE
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+    if not path.exists():
+        write_atomically(path, text)
+        return
+    there, now = _flat(read_config(folder).to_dict()), _flat(_tuples(json.loads(text)))
+    differences = [
+        f'{name} {there.get(name, "absent")!r} there, {now.get(name, "absent")!r} now'
+        for name in sorted(there.keys() | now.keys())
+        if name not in there or name not in now or there[name] != now[name]
+    ]
+    if differences:
+        more = len(differences) - SHOWN_DIFFERENCES
+        shown = '; '.join(differences[:SHOWN_DIFFERENCES]) + (f'; and {more} more' if more > 0 else '')
+        raise InputError(
+            f'{folder} holds a run with another config: {shown}. Give that config to resume it, '
+            'or name another --workdir'
+        )
+
+
+def _flat(plain: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Nested dicts as one, with dotted names."""
+    flat = {}
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f'{prefix}{name}.')
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples, at any depth."""
+    if isinstance(value, dict):
+        return {name: _tuples(member) for name, member in value.items()}
+    return tuple(_tuples(member) for member in value) if isinstance(value, list) else value
