@@ -37,9 +37,7 @@ class Discriminator(nn.Module):
         """
         x, hidden = volume, []
         for level, features in enumerate(self.channels):
-            x = Conv3D(features, kernel_size=4, stride=2, padding=1, dtype=self.dtype, name=f'conv_{level}')(
-                x
-            )
+            x = Conv3D(features, kernel_size=4, stride=2, padding=1, dtype=self.dtype, name=f'conv_{level}')(x)
             if level > 0:
                 x = GroupNorm(num_groups=self.num_groups, dtype=self.dtype, name=f'norm_{level}')(x)
             x = nn.leaky_relu(x, 0.2)

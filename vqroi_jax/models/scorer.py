@@ -8,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqroi_jax.models.layers import Conv3D, GroupNorm, uniform_init
+from vqroi_jax.models.layers import Conv3D, Dense, GroupNorm, uniform_fan_in
+
+CLASSIFIER_GROUPS = 32  # of the hidden layer's normalisation
 
 
 def normalise_grid(latent: jax.Array) -> jax.Array:
@@ -32,7 +34,7 @@ class Scorer(nn.Module):
     @nn.compact
     def __call__(self, latent: jax.Array) -> jax.Array:
         """Latent grid `[B, D, H, W, C]` to scores float32 `[B, D, H, W]`."""
-        init = {'kernel_init': uniform_init(), 'dtype': self.dtype}
+        init = {'kernel_init': uniform_fan_in, 'dtype': self.dtype}
         x = Conv3D(latent.shape[-1], kernel_size=3, padding=1, name='conv', **init)(normalise_grid(latent))
         x = Conv3D(1, kernel_size=1, padding=0, name='score', **init)(nn.relu(x))
         return nn.sigmoid(GroupNorm(num_groups=1, name='norm')(x.astype(jnp.float32)))[..., 0]
@@ -43,7 +45,7 @@ class AuxiliaryClassifier(nn.Module):
 
     Attributes:
         classes: number of classes.
-        hidden: width of the hidden layer; divides by 32, the groups of its normalisation.
+        hidden: width of the hidden layer; divides by `CLASSIFIER_GROUPS`.
         dropout: share of the hidden units dropped in training.
         dtype: of the matrix products; normalisations and logits are float32.
     """
@@ -67,13 +69,9 @@ class AuxiliaryClassifier(nn.Module):
         """
         weighted = normalise_grid(latent) * scores[..., None]
         x = jnp.moveaxis(weighted, -1, 1).reshape(latent.shape[0], -1)  # channel first, as the release
-        x = self._dense(self.hidden, 'hidden', x)
-        x = nn.relu(GroupNorm(num_groups=32, name='norm')(x.astype(jnp.float32)))
+        x = Dense(self.hidden, dtype=self.dtype, name='hidden')(x)
+        x = nn.relu(GroupNorm(num_groups=CLASSIFIER_GROUPS, name='norm')(x.astype(jnp.float32)))
         if keys is not None and self.dropout > 0:
             keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, (self.hidden,)))(keys)
             x = jnp.where(keep, x / (1 - self.dropout), 0)
-        return self._dense(self.classes, 'logits', x).astype(jnp.float32)
-
-    def _dense(self, features: int, name: str, x: jax.Array) -> jax.Array:
-        bias = uniform_init(x.shape[-1])
-        return nn.Dense(features, kernel_init=uniform_init(), bias_init=bias, dtype=self.dtype, name=name)(x)
+        return Dense(self.classes, dtype=self.dtype, name='logits')(x).astype(jnp.float32)

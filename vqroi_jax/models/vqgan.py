@@ -13,13 +13,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqroi_jax.models.layers import Conv3D, GroupNorm, ResBlock, UpsampleConv3D, uniform_init
+from vqroi_jax.models.layers import Conv3D, GroupNorm, ResBlock, UpsampleConv3D, uniform_fan_in
 from vqroi_jax.models.quantizer import Codebook, l2_normalise
 from vqroi_jax.models.scorer import AuxiliaryClassifier, Scorer
 
 
 def _leaky_relu(x: jax.Array) -> jax.Array:
     return nn.leaky_relu(x, 0.2)
+
+
+def _res_block(remat: str) -> type[ResBlock]:
+    return nn.remat(ResBlock) if remat == 'blocks' else ResBlock
 
 
 class Encoder(nn.Module):
@@ -30,6 +34,7 @@ class Encoder(nn.Module):
         hidden: channels of the last convolution.
         num_groups: of the group normalisations.
         res_blocks: ResBlocks after each halving.
+        remat: 'none', or 'blocks': the backward pass computes each ResBlock's inside again.
         dtype: of the convolutions and what lies between them.
     """
 
@@ -37,22 +42,22 @@ class Encoder(nn.Module):
     hidden: int = 512
     num_groups: int = 8
     res_blocks: Sequence[int] = (1, 1, 1, 1)
+    remat: str = 'none'
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Volume `[B, D, H, W, 1]` to `[B, d, h, w, hidden]`, sides divided by `2**len(channels)`."""
         norm = {'num_groups': self.num_groups, 'dtype': self.dtype}
+        block_type = _res_block(self.remat)
         for level, features in enumerate(self.channels):
-            x = Conv3D(features, kernel_size=4, stride=2, padding=1, dtype=self.dtype, name=f'conv_{level}')(
-                x
-            )
+            x = Conv3D(features, kernel_size=4, stride=2, padding=1, dtype=self.dtype, name=f'conv_{level}')(x)
             x = _leaky_relu(GroupNorm(**norm, name=f'norm_{level}')(x))
             for block in range(self.res_blocks[level]):
-                x = ResBlock(activation=_leaky_relu, **norm, name=f'block_{level}_{block}')(x)
+                x = block_type(activation=_leaky_relu, **norm, name=f'block_{level}_{block}')(x)
         x = Conv3D(self.hidden, kernel_size=3, padding=1, dtype=self.dtype, name='conv_hidden')(x)
         x = _leaky_relu(GroupNorm(**norm, name='norm_hidden')(x))
-        return ResBlock(activation=_leaky_relu, **norm, name='block_hidden')(x)
+        return block_type(activation=_leaky_relu, **norm, name='block_hidden')(x)
 
 
 class Decoder(nn.Module):
@@ -62,22 +67,25 @@ class Decoder(nn.Module):
         channels: after each doubling, from the latent grid outwards.
         num_groups: of the group normalisations.
         res_blocks: ResBlocks after each doubling.
+        remat: as in the encoder.
         dtype: of the convolutions and what lies between them; `head` returns float32.
     """
 
     channels: Sequence[int] = (256, 128, 64, 32)
     num_groups: int = 8
     res_blocks: Sequence[int] = (1, 1, 1, 1)
+    remat: str = 'none'
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         """Builds the levels by name, so that parameters keep their names whatever `res_blocks` says."""
         norm = {'num_groups': self.num_groups, 'dtype': self.dtype}
         levels = range(len(self.channels))
+        block_type = _res_block(self.remat)
         self.conv = [UpsampleConv3D(self.channels[level], dtype=self.dtype) for level in levels]
         self.norm = [GroupNorm(**norm) for _ in levels]
         self.block = [
-            [ResBlock(activation=nn.relu, **norm) for _ in range(self.res_blocks[level])] for level in levels
+            [block_type(activation=nn.relu, **norm) for _ in range(self.res_blocks[level])] for level in levels
         ]
         self.last = Conv3D(1, kernel_size=1, padding=0, dtype=self.dtype)
 
@@ -119,6 +127,7 @@ class VQGAN(nn.Module):
         decoder_res_blocks: ResBlocks after each doubling, from the latent grid outwards.
         classifier_hidden: width of the auxiliary classifier's hidden layer.
         classifier_dropout: share of it dropped in training.
+        remat: 'none', or 'blocks': ResBlocks are computed again in the backward pass, which saves memory.
         dtype: of convolutions and matrix products; parameters, norms, code distances and outputs are float32.
     """
 
@@ -132,12 +141,13 @@ class VQGAN(nn.Module):
     decoder_res_blocks: Sequence[int] = (1, 1, 1, 1)
     classifier_hidden: int = 1024
     classifier_dropout: float = 0.2
+    remat: str = 'none'
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         """Builds the parts."""
-        shared = {'num_groups': self.num_groups, 'dtype': self.dtype}
-        dense = {'kernel_size': 1, 'padding': 0, 'kernel_init': uniform_init(), 'dtype': self.dtype}
+        shared = {'num_groups': self.num_groups, 'remat': self.remat, 'dtype': self.dtype}
+        dense = {'kernel_size': 1, 'padding': 0, 'kernel_init': uniform_fan_in, 'dtype': self.dtype}
         self.encoder = Encoder(self.channels, self.hidden, res_blocks=self.encoder_res_blocks, **shared)
         self.pre_quantisation = Conv3D(self.code_features, **dense)
         self.codebook = Codebook(self.codes, self.code_features)

@@ -48,19 +48,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(batch_size: int, micro_batches: int, mesh: Mesh) -> None:
+def check_batch(field: str, batch_size: int, micro_batches: int, mesh: Mesh) -> None:
     """Refuses a global batch that cannot be split evenly over devices and micro-batches.
+
+    Args:
+        field: of the config, for the message.
+        batch_size: rows of the global batch.
+        micro_batches: parts that it is computed in.
+        mesh: of the run.
 
     Raises:
         InputError: naming the batch sizes that would do.
     """
     unit = mesh.devices.size * micro_batches
-    if micro_batches < 1 or batch_size < 1 or batch_size % unit:
-        below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
-        fitting = f'{below} or {above}' if below > 0 else f'{max(above, unit)}'
+    if micro_batches < 1:
+        raise InputError(f'config.micro_batches={micro_batches}: expected 1 or more')
+    if batch_size < 1 or batch_size % unit:
+        below, above = batch_size // unit * unit, max(-(-batch_size // unit), 1) * unit
         raise InputError(
-            f'config.batch_size={batch_size} does not divide by {mesh.devices.size} devices x '
-            f'{micro_batches} micro-batches: choose {fitting}, or set config.mesh.data and config.micro_batches'
+            f'config.{field}={batch_size} does not divide by {mesh.devices.size} device(s) x {micro_batches} '
+            f'micro-batch(es): choose {f"{below} or " if below > 0 else ""}{above}, or set config.mesh.data'
         )
 
 

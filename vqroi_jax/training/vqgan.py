@@ -79,8 +79,9 @@ def make_recipe(config: ml_collections.ConfigDict, classes: int, steps_per_epoch
     dtype = jnp.dtype(config.dtype)
     lpips = config.perceptual == 'vgg16'
 
-    def steps(field: str, text: str) -> int:
-        return to_steps(text, steps_per_epoch, field)
+    def steps(field: str, minimum: int = 0) -> int:
+        block, name = field.split('.')
+        return to_steps(config[block][name], steps_per_epoch, f'config.{field}', minimum)
 
     return Recipe(
         model=VQGAN(classes=classes, **config.model, codes=config.codebook.codes, dtype=dtype),
@@ -88,12 +89,12 @@ def make_recipe(config: ml_collections.ConfigDict, classes: int, steps_per_epoch
         lpips=perceptual.LPIPS(dtype=dtype) if lpips else None,
         lpips_weights=perceptual.load_weights() if lpips else {},
         optimizer=optimizers.make_optimizer(config.optimizer),
-        rate=optimizers.cosine_rate(config.optimizer, steps('training.duration', config.training.duration)),
+        rate=optimizers.cosine_rate(config.optimizer, steps('training.duration', minimum=1)),
         settings=config,
-        warmup_steps=steps('codebook.warmup', config.codebook.warmup),
-        adversarial_start=steps('losses.adversarial_start', config.losses.adversarial_start),
-        adversarial_ramp=steps('losses.adversarial_ramp', config.losses.adversarial_ramp),
-        restart_every=steps('codebook.restart_every', config.codebook.restart_every),
+        warmup_steps=steps('codebook.warmup'),
+        adversarial_start=steps('losses.adversarial_start'),
+        adversarial_ramp=steps('losses.adversarial_ramp'),
+        restart_every=steps('codebook.restart_every'),
     )
 
 
