@@ -1,0 +1,397 @@
+"""From a NIfTI image and mask to a region of interest (ROI), and back into the brain.
+
+Second step of the data's way: `read_roi` opens what `vqroi_jax.data.cohort` found, checks it, and crops. Everything here
+works on arrays [depth, height, width] = NIfTI axes (2, 0, 1); see `to_volume` and `to_nifti`. NumPy and nibabel only, so that
+the processes that prepare a cohort start fast. Most of a patient's time is gzip: only the tumour's box is touched beyond that.
+"""
+
+import dataclasses
+import gzip
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+import nibabel
+import numpy as np
+
+from vqroi_jax.data.cohort import Problem, Scan
+from vqroi_jax.errors import InputError
+
+AFFINE_TOLERANCE = 0.1  # voxels that image and mask may lie apart at a corner of the volume
+BACKGROUND_TOLERANCE = 1e-3  # of the tumour's contrast, within which the background counts as constant
+BACKGROUND_SHARE = 0.5  # of the volume's edges that must have the background's value
+LABEL_TOLERANCE = 1e-3  # from a whole number, for labels that were scaled
+
+
+class PatientError(InputError):
+    """A scan that cannot be used.
+
+    Attributes:
+        id: the scan's.
+        file: the faulty one of its files.
+        message: what is wrong, without those two.
+    """
+
+    def __init__(self, id: str, file: Path | str, message: str):
+        super().__init__(id, file, message)  # all three, so that it can be pickled back from a worker process
+        self.id, self.file, self.message = id, str(file), message
+
+    def __str__(self) -> str:
+        return str(self.problem)
+
+    @property
+    def problem(self) -> Problem:
+        """The error as an entry of the cohort's report."""
+        return Problem(self.id, self.file, self.message)
+
+
+@dataclasses.dataclass
+class Roi:
+    """A tumour cut out of its brain, centred in a box of `data.roi_size`, here [D, H, W].
+
+    Attributes:
+        raw: [D, H, W], image minus `background` where `mask`, 0 elsewhere; not clipped, voxels without a number are 0.
+            float32, or float64 where float32 could not hold the image's values exactly.
+        mask: bool [D, H, W], the tumour.
+        offset: where the voxel (0, 0, 0) of the box lies in the full volume (D, H, W); may be negative.
+        shape: the full volume's (D, H, W).
+        affine: float64 [4, 4] of the full NIfTI volume, so for (i, j, k) = (H, W, D).
+        range: what `scale` takes: 0 (the background) and the largest value of `raw`.
+        background: what was subtracted from the image; 0 unless its background was a constant other than 0.
+        counts: 'tumour_voxels' in the box; of these 'nan_voxels' (no finite number), 'negative_voxels' (below the
+            background: clipped in the scaled volume) and 'zero_voxels' (of the background's own value); and
+            'cropped_voxels', tumour outside the box.
+    """
+
+    raw: np.ndarray
+    mask: np.ndarray
+    offset: tuple[int, int, int]
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    range: tuple[float, float]
+    background: float
+    counts: dict[str, int]
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres a voxel along D, H, W."""
+        height, width, depth = nibabel.affines.voxel_sizes(self.affine)
+        return float(depth), float(height), float(width)
+
+    @property
+    def volume(self) -> np.ndarray:
+        """float32 [D, H, W] in [-1, 1]: what the networks see."""
+        return scale(self.raw, self.range)
+
+
+def to_volume(array: np.ndarray) -> np.ndarray:
+    """Returns a view [D, H, W] of a NIfTI array [i, j, k]."""
+    return array.transpose(2, 0, 1)
+
+
+def to_nifti(volume: np.ndarray) -> np.ndarray:
+    """Returns a view [i, j, k] of a volume [D, H, W], for saving with the affine of the NIfTI file."""
+    return volume.transpose(1, 2, 0)
+
+
+def scale(raw: np.ndarray, range: tuple[float, float]) -> np.ndarray:
+    """Clips to `range` (minimum, maximum) and maps it to [-1, 1]; float32 of the same shape."""
+    low, high = range
+    scaled = np.clip(raw, low, high).astype(np.float32)
+    scaled -= np.float32(low)
+    scaled *= np.float32(2 / (high - low))
+    scaled -= np.float32(1)
+    return np.clip(scaled, -1, 1, out=scaled)
+
+
+def unscale(volume: np.ndarray, range: tuple[float, float]) -> np.ndarray:
+    """Maps [-1, 1] back to `range`; float32 of the same shape, equal to what was scaled up to rounding and clipping."""
+    low, high = range
+    return (volume.astype(np.float32) + np.float32(1)) * np.float32((high - low) / 2) + np.float32(low)
+
+
+def mask_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Returns the smallest box around the true voxels of a bool array, a slice an axis.
+
+    Raises:
+        ValueError: no voxel is true.
+    """
+    box = [slice(None)] * mask.ndim
+    # The slowest axis in memory first: whole slices go by in order, and the next axes see only what is left.
+    for axis in np.argsort(mask.strides)[::-1]:
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        hits = np.flatnonzero(mask[tuple(box)].any(axis=others))
+        if not hits.size:
+            raise ValueError('an empty mask has no box')
+        box[axis] = slice(int(hits[0]), int(hits[-1]) + 1)
+    return tuple(box)
+
+
+def crop_roi(
+    image: np.ndarray, mask: np.ndarray, size: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """Cuts the box of `size` that is centred on the mask; what lies outside the volume or the mask is 0.
+
+    Where the sides of box and tumour differ by an odd number, the voxel too much is after the tumour (or, for a tumour
+    larger than the box, is cut before it... see offset).
+
+    Args:
+        image: [D, H, W] of any dtype.
+        mask: bool [D, H, W], not empty.
+        size: (D, H, W) of the box.
+
+    Returns:
+        `image * mask` in the box, in the image's dtype; the mask in the box; where the box starts in the volume.
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    offset, inner, outer = [], [], []
+    for side, target, length in zip(mask_box(mask), size, mask.shape, strict=True):
+        start = side.start - (target - (side.stop - side.start)) // 2
+        first, last = max(side.start, start), min(side.stop, start + target)
+        offset.append(start)
+        inner.append(slice(first - start, last - start))
+        outer.append(slice(first, last))
+        assert 0 <= first < last <= length
+    cropped, cropped_mask = np.zeros(size, image.dtype), np.zeros(size, bool)
+    tumour = mask[tuple(outer)]
+    cropped_mask[tuple(inner)] = tumour
+    np.copyto(cropped[tuple(inner)], image[tuple(outer)], where=tumour)
+    return cropped, cropped_mask, tuple(offset)
+
+
+def put_back(
+    brain: np.ndarray, raw: np.ndarray, mask: np.ndarray, offset: Sequence[int], background: float = 0.0
+) -> np.ndarray:
+    """Writes the voxels of an ROI into a brain: the inverse of cropping.
+
+    With `Roi.raw` it is exact; with `unscale(volume, range)` it is right up to rounding, and voxels that were below
+    the background get its value.
+
+    Args:
+        brain: [D, H, W], any real dtype; unchanged.
+        raw: [D, H, W] of the ROI's box.
+        mask: bool, the same shape: which of its voxels to write.
+        offset: where the box starts in the brain.
+        background: what was subtracted from the image.
+
+    Returns:
+        A copy of the brain, with its dtype (an integer one gets rounded, clipped values), and the tumour in it.
+
+    Raises:
+        InputError: a tumour voxel lies outside the brain.
+    """
+    where = tuple(axis + start for axis, start in zip(np.nonzero(mask), offset, strict=True))
+    if any(
+        axis.size and (axis.min() < 0 or axis.max() >= side)
+        for axis, side in zip(where, brain.shape, strict=True)
+    ):
+        raise InputError(
+            f'the ROI at {tuple(offset)} does not lie in a volume of {brain.shape}; is it another brain?'
+        )
+    values = raw[mask]
+    if background:
+        values = values.astype(np.float64) + background
+    if brain.dtype.kind in 'iu':
+        limits = np.iinfo(brain.dtype)
+        values = np.clip(np.rint(values), limits.min, limits.max)
+    result = brain.copy(order='K')
+    result[where] = values.astype(brain.dtype)
+    return result
+
+
+def read_roi(scan: Scan, data: ml_collections.ConfigDict) -> Roi:
+    """Reads, checks and crops one scan.
+
+    Args:
+        scan: which.
+        data: the `data` block of a config: `mask_labels`, `known_labels`, `roi_size` and `oversize` are read.
+
+    Returns:
+        The ROI.
+
+    Raises:
+        PatientError: a file is missing, truncated or no NIfTI; image and mask differ in shape or place; the mask is
+            empty or has a label that is not known; the tumour is larger than the box (unless `data.oversize` is
+            'crop') or of one intensity.
+    """
+    image, mask_image = _open(scan, scan.image), _open(scan, scan.mask)
+    _check_same_grid(scan, image, mask_image)
+    mask = _tumour(scan, mask_image, data)
+
+    size = tuple(data.roi_size)
+    sides = tuple(side.stop - side.start for side in mask_box(mask))
+    if data.oversize != 'crop' and any(side > target for side, target in zip(sides, size, strict=True)):
+        raise PatientError(
+            scan.id,
+            scan.mask,
+            f'the tumour is {_times(sides)} voxels, larger than data.roi_size {_times(size)} '
+            '(depth, height, width); give a larger box, or data.oversize=crop to keep its middle',
+        )
+    stored, inside, offset = crop_roi(to_volume(image.stored), mask, size)
+    raw = image.values(stored)
+    finite = np.isfinite(raw)
+    background = _background(image, raw[inside & finite])
+    exact = np.can_cast(image.stored.dtype, np.float32) and image.unscaled and not background
+    raw = np.where(inside & finite, raw - background, 0).astype(np.float32 if exact else np.float64)
+    clipped = np.maximum(raw, 0)
+    high = float(clipped.max())
+    if clipped.min() == high:
+        raise PatientError(
+            scan.id, scan.image, f'the ROI is constant: every voxel in its box is {high + background:g}'
+        )
+    tumour_voxels = int(inside.sum())
+    counts = {
+        'tumour_voxels': tumour_voxels,
+        'nan_voxels': int((inside & ~finite).sum()),
+        'negative_voxels': int((raw < 0).sum()),
+        'zero_voxels': int((inside & finite & (raw == 0)).sum()),
+        'cropped_voxels': int(mask[mask_box(mask)].sum()) - tumour_voxels,
+    }
+    return Roi(raw, inside, offset, mask.shape, image.affine, (0.0, high), background, counts)
+
+
+def _times(sides: Sequence[int]) -> str:
+    return ' x '.join(map(str, sides))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Nifti:
+    """A NIfTI volume: `stored` [i, j, k] as in the file; a value is `stored * slope + inter`."""
+
+    stored: np.ndarray
+    affine: np.ndarray
+    slope: float
+    inter: float
+
+    @property
+    def unscaled(self) -> bool:
+        return self.slope == 1 and self.inter == 0
+
+    def values(self, stored: np.ndarray) -> np.ndarray:
+        """Scales stored numbers, an array of any shape, by the file's header."""
+        return stored if self.unscaled else stored.astype(np.float64) * self.slope + self.inter
+
+
+def _open(scan: Scan, path: Path) -> _Nifti:
+    """Reads a whole file, so that a fault anywhere in it is seen, also by gzip's checksum at its end."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise PatientError(scan.id, path, 'missing file') from error
+    except OSError as error:
+        raise PatientError(scan.id, path, f'cannot be read ({error.strerror})') from error
+    if content[:2] == b'\x1f\x8b':
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise PatientError(
+                scan.id, path, f'truncated or damaged gzip file ({error}); copy it again'
+            ) from error
+    kinds = [kind for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image) if _has_header(kind, content)]
+    if not kinds:
+        raise PatientError(scan.id, path, 'not a NIfTI file (.nii or .nii.gz)')
+    try:
+        image = kinds[0].from_bytes(content)
+        stored = image.dataobj.get_unscaled()
+    except (OSError, ValueError, nibabel.spatialimages.HeaderDataError) as error:
+        raise PatientError(scan.id, path, f'truncated or damaged NIfTI file ({error})') from error
+    shape = stored.shape
+    if len(shape) < 3 or any(side != 1 for side in shape[3:]) or not stored.size:
+        raise PatientError(scan.id, path, f'a volume of three axes is needed, this has shape {shape}')
+    if stored.dtype.kind not in 'iuf':
+        raise PatientError(scan.id, path, f'a volume of real numbers is needed, this has {stored.dtype}')
+    if not np.isfinite(image.affine).all():
+        raise PatientError(scan.id, path, 'the affine has values that are not finite')
+    return _Nifti(
+        stored.reshape(shape[:3], order='F'),
+        image.affine,
+        float(image.dataobj.slope),
+        float(image.dataobj.inter),
+    )
+
+
+def _has_header(kind: type, content: bytes) -> bool:
+    return kind.header_class.may_contain_header(content[: kind.header_class.sizeof_hdr])
+
+
+def _check_same_grid(scan: Scan, image: _Nifti, mask: _Nifti) -> None:
+    if image.stored.shape != mask.stored.shape:
+        raise PatientError(
+            scan.id,
+            scan.mask,
+            f'shape mismatch: the mask is {_times(mask.stored.shape)} voxels, '
+            f'the image {_times(image.stored.shape)} ({scan.image.name})',
+        )
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(image.stored.shape) - 1)
+    apart = nibabel.affines.apply_affine(image.affine - mask.affine + np.diag([0, 0, 0, 1]), corners)
+    distance = np.linalg.norm(apart, axis=1).max()
+    if distance > AFFINE_TOLERANCE * nibabel.affines.voxel_sizes(image.affine).min():
+        raise PatientError(
+            scan.id,
+            scan.mask,
+            f'affine mismatch: mask and image ({scan.image.name}) lie up to {distance:.3g} mm apart; '
+            'resample one to the other',
+        )
+
+
+def _tumour(scan: Scan, nifti: _Nifti, data: ml_collections.ConfigDict) -> np.ndarray:
+    """Returns the tumour, bool [D, H, W], after a check of every label in the mask."""
+    stored = to_volume(nifti.stored)
+    labelled = stored != 0 if not nifti.inter else nifti.values(stored) != 0
+    if not labelled.any():
+        raise PatientError(scan.id, scan.mask, 'empty mask: every voxel is 0')
+    box = mask_box(labelled)
+    labels = nifti.values(stored[box])
+    values = np.unique(labels)
+    with np.errstate(invalid='ignore'):
+        whole = np.rint(values)
+        bad = values[~(np.abs(values - whole) <= LABEL_TOLERANCE) | (values < 0)]
+    if not bad.size and data.known_labels:
+        bad = values[~np.isin(whole, [0, *data.known_labels])]
+    if bad.size:
+        known = (
+            f'one of data.known_labels={tuple(data.known_labels)}'
+            if data.known_labels
+            else 'a whole number from 0 up'
+        )
+        raise PatientError(scan.id, scan.mask, f'unknown label {bad[0]:g} in the mask; expected {known}')
+    chosen = np.isin(np.rint(labels), data.mask_labels) if data.mask_labels else labels > LABEL_TOLERANCE
+    if not chosen.any():
+        found = ', '.join(f'{value:g}' for value in values if value)
+        raise PatientError(
+            scan.id,
+            scan.mask,
+            f'empty mask: none of data.mask_labels={tuple(data.mask_labels)}; it has {found}',
+        )
+    labelled[box] = chosen
+    return labelled
+
+
+def _background(image: _Nifti, tumour: np.ndarray) -> float:
+    """Returns the constant value around the brain, or 0 if it is 0 or there is none.
+
+    It is the value on most of the volume's twelve edges, which even a tightly cropped brain does not reach.
+    Z-scored images and those in [-1, 1] have it elsewhere than at 0.
+
+    Args:
+        image: the whole volume.
+        tumour: finite values [n] of the tumour, which say how large a difference matters.
+    """
+    first_last = [np.array([0, side - 1]) for side in image.stored.shape]
+    edges = [
+        image.stored[
+            np.ix_(*[np.arange(image.stored.shape[a]) if a == axis else first_last[a] for a in range(3)])
+        ]
+        for axis in range(3)
+    ]
+    values = image.values(np.concatenate([edge.ravel() for edge in edges])).astype(np.float64)
+    values = values[np.isfinite(values)]
+    if not values.size or not tumour.size:
+        return 0.0
+    background = float(np.median(values))
+    tolerance = BACKGROUND_TOLERANCE * float(np.abs(tumour - background).max())
+    constant = np.mean(np.abs(values - background) <= tolerance) > BACKGROUND_SHARE
+    return background if constant and abs(background) > tolerance else 0.0

@@ -1,0 +1,119 @@
+"""Divides the patients of a cohort into training, validation and test, and keeps the result in `splits.json`.
+
+Stands between the cohort check and the prepared dataset. All scans of a patient go to one split, each class is divided by
+itself, and the outcome depends on the seed and the patients' names alone: not on the order of files on the disk.
+"""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+
+from vqroi_jax.data.cohort import Scan
+from vqroi_jax.errors import InputError
+
+SPLITS = ('train', 'val', 'test')
+
+
+def split_patients(
+    scans: Sequence[Scan], classes: Sequence[str], split: ml_collections.ConfigDict
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Splits patients, stratified by class.
+
+    The patients of a class are put in the order of a hash of seed and name; the first go to test, the next to
+    validation. So a patient more or less moves few others. A share below 1 is rounded to whole patients, at least one. A
+    class of which nothing would be left for training goes to training whole, with a warning. A patient whose
+    scans differ in class (a tumour that progressed) counts to the class of the first scan by id.
+
+    Args:
+        scans: all scans, in any order.
+        classes: the class names; labels of scans must be among them.
+        split: `seed` (int), and `val` and `test`: below 1 a share of each class's patients, from 1 up their number.
+
+    Returns:
+        {'train', 'val', 'test'} -> sorted scan ids, which together are all scans once; and warnings, a line each.
+
+    Raises:
+        InputError: `val` or `test` is negative or from 1 up not whole.
+    """
+    for field in ('val', 'test'):
+        amount = split[field]
+        if amount < 0 or (amount >= 1 and amount != int(amount)):
+            raise InputError(
+                f'data.split.{field}={amount}: expected a share below 1, or a whole number of patients'
+            )
+    label_of = {}  # of a patient
+    for scan in sorted(scans, key=lambda scan: scan.id):
+        label_of.setdefault(scan.patient, scan.label)
+    patients_of = defaultdict(list)
+    for patient, label in label_of.items():
+        patients_of[label].append(patient)
+    if unknown := sorted(set(patients_of) - set(classes)):
+        raise InputError(f'class {unknown[0]!r} of a patient is not one of {", ".join(classes)}')
+
+    split_of, warnings = {}, []
+    for label in classes:
+        patients = sorted(patients_of[label], key=lambda name: _rank(split.seed, name))
+        test, val = (_count(split[field], len(patients)) for field in ('test', 'val'))
+        if patients and test + val >= len(patients):
+            warnings.append(
+                f'class {label}: {len(patients)} patient{"s" * (len(patients) > 1)} cannot give {val} to validation and '
+                f'{test} to test and leave one to training; all go to training'
+            )
+            test = val = 0
+        for position, patient in enumerate(patients):
+            split_of[patient] = 'test' if position < test else 'val' if position < test + val else 'train'
+    splits = {name: [] for name in SPLITS}
+    for scan in scans:
+        splits[split_of[scan.patient]].append(scan.id)
+    return {name: sorted(ids) for name, ids in splits.items()}, warnings
+
+
+def _rank(seed: int, patient: str) -> bytes:
+    return hashlib.sha256(f'{seed}/{patient}'.encode()).digest()
+
+
+def _count(amount: float, patients: int) -> int:
+    if amount >= 1:
+        return int(amount)
+    return max(1, round(amount * patients)) if amount else 0
+
+
+def write_splits(path: Path, splits: dict[str, list[str]]) -> None:
+    """Writes split name -> scan ids as JSON; the file is whole or not there at all."""
+    half = path.with_name(path.name + '.part')
+    half.write_text(json.dumps(splits, indent=1) + '\n', encoding='utf-8')
+    os.replace(half, path)
+
+
+def read_splits(path: Path) -> dict[str, list[str]]:
+    """Reads what `write_splits` wrote.
+
+    Returns:
+        {'train', 'val', 'test'} -> scan ids.
+
+    Raises:
+        InputError: the file is missing or broken, or a scan is in it twice.
+    """
+    expected = f'expected a JSON object with the lists {", ".join(SPLITS)} of scan ids'
+    try:
+        splits = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise InputError(f'{path}: {error}; {expected}') from error
+    if not isinstance(splits, dict) or set(splits) != set(SPLITS):
+        raise InputError(f'{path}: {expected}')
+    seen = {}
+    for name in SPLITS:
+        if not isinstance(splits[name], list) or not all(isinstance(scan, str) for scan in splits[name]):
+            raise InputError(f'{path}: {name} is not a list of scan ids; {expected}')
+        for scan in splits[name]:
+            if scan in seen:
+                raise InputError(
+                    f'{path}: {scan} is in {seen[scan]} and in {name}; a scan belongs to one split'
+                )
+            seen[scan] = name
+    return {name: splits[name] for name in SPLITS}
