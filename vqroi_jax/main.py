@@ -38,10 +38,10 @@ def main(argv: list[str]) -> int:
     """Runs one command.
 
     Args:
-      argv: the program's name and the arguments, as in `sys.argv`.
+        argv: the program's name and the arguments, as in `sys.argv`.
 
     Returns:
-      The exit status.
+        The exit status.
     """
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
@@ -70,13 +70,13 @@ def parse_arguments(argv: list[str]) -> tuple[ConfigDict, str] | None:
     """Reads the command line.
 
     Args:
-      argv: the program's name and the arguments.
+        argv: the program's name and the arguments.
 
     Returns:
-      The locked config with its overrides, and the workdir; None if help was wanted, and printed.
+        The locked config with its overrides, and the workdir; None if help was wanted, and printed.
 
     Raises:
-      InputError: an unknown flag, field, task or variant, a value of the wrong type, something missing.
+        InputError: an unknown flag, field, task or variant, a value of the wrong type, something missing.
     """
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
@@ -113,13 +113,13 @@ def load_config(path: str) -> ConfigDict:
     """Calls `get_config` of a config file.
 
     Args:
-      path: PATH or PATH:VARIANT.
+        path: PATH or PATH:VARIANT.
 
     Returns:
-      The config, locked: fields can be set, but not added.
+        The config, locked: fields can be set, but not added.
 
     Raises:
-      InputError: no such file, not a config file, or a variant that it does not have.
+        InputError: no such file, not a config file, or a variant that it does not have.
     """
     name, *variant = path.split(':', 1)
     if not Path(name).is_file():
@@ -142,11 +142,11 @@ def override(config: ConfigDict, argv: list[str]) -> None:
     """Sets the fields of `config` that the command line names.
 
     Args:
-      config: changed in place.
-      argv: the program's name, then only --config.FIELD=VALUE, --config.FIELD VALUE or --[no]config.FIELD.
+        config: changed in place.
+        argv: the program's name, then only --config.FIELD=VALUE, --config.FIELD VALUE or --[no]config.FIELD.
 
     Raises:
-      InputError: an unknown field, or a value of another type than the field has.
+        InputError: an unknown field, or a value of another type than the field has.
     """
     before = dict(_fields(config))
     for argument in argv[1:]:

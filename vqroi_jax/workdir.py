@@ -37,15 +37,15 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
     processes of one run, only the primary one locks and writes.
 
     Args:
-      workdir: the run's folder, on a local or mounted file system.
-      config: of the run. All of it counts: a run goes on with exactly the config that it began with.
+        workdir: the run's folder, on a local or mounted file system.
+        config: of the run. All of it counts: a run goes on with exactly the config that it began with.
 
     Yields:
-      The folder.
+        The folder.
 
     Raises:
-      InputError: the folder cannot be made or written, is in use by another process, or holds a run with
-        another config (which is left as it is).
+        InputError: the folder cannot be made or written, is in use by another process, or holds a run with
+            another config (which is left as it is).
     """
     folder = Path(workdir)
     if '://' in str(workdir):
@@ -68,7 +68,7 @@ def read_config(workdir: str | Path) -> ConfigDict:
     """The config that a run was started with; sequences are tuples, as in config files.
 
     Raises:
-      InputError: there is no run in that folder, or its config.json is damaged.
+        InputError: there is no run in that folder, or its config.json is damaged.
     """
     path = Path(workdir) / CONFIG_FILE
     try:
@@ -84,12 +84,12 @@ def require_space(folder: Path, size: int, what: str) -> None:
     """Refuses to begin what the disk has no room for.
 
     Args:
-      folder: an existing folder on that disk.
-      size: bytes needed.
-      what: for the message, e.g. 'the checkpoint of step 500'.
+        folder: an existing folder on that disk.
+        size: bytes needed.
+        what: for the message, e.g. 'the checkpoint of step 500'.
 
     Raises:
-      InputError: fewer bytes are free.
+        InputError: fewer bytes are free.
     """
     free = shutil.disk_usage(folder).free
     if free < size:

@@ -12,16 +12,16 @@ def to_steps(text: str, steps_per_epoch: float, field: str = 'duration', minimum
     """Number of steps that a duration stands for.
 
     Args:
-      text: a number and its unit: 'N steps' or 'N epochs' (or 'step', 'epoch'); epochs may be fractions.
-      steps_per_epoch: patients of the training split over the batch size; need not be whole.
-      field: the config's field, for the message.
-      minimum: the least number of steps that makes sense; 0 where the field may mean 'at once'.
+        text: a number and its unit: 'N steps' or 'N epochs' (or 'step', 'epoch'); epochs may be fractions.
+        steps_per_epoch: patients of the training split over the batch size; need not be whole.
+        field: the config's field, for the message.
+        minimum: the least number of steps that makes sense; 0 where the field may mean 'at once'.
 
     Returns:
-      Steps, epochs rounded to the nearest whole step.
+        Steps, epochs rounded to the nearest whole step.
 
     Raises:
-      InputError: another text, part of a step, or fewer steps than `minimum`.
+        InputError: another text, part of a step, or fewer steps than `minimum`.
     """
     match = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*(step|epoch)s?\s*', str(text))
     if not match:
