@@ -9,7 +9,6 @@ in a scratch folder and moved into place, `cohort.json` last, so that a preparat
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from vqroi_jax.data.pipeline import (
 from vqroi_jax.data.roi import scale
 from vqroi_jax.data.splits import SPLITS, split_patients, write_splits
 from vqroi_jax.errors import InputError
-from vqroi_jax.workdir import open_workdir
+from vqroi_jax.workdir import open_workdir, require_space, write_atomically
 
 _SCRATCH = '.preparing'
 _PHANTOM_VOXELS = 240 * 240 * 155  # at 1 mm
@@ -65,11 +64,12 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
         folder: Where to; made if missing.
 
     Raises:
-        InputError: A setting or the cohort cannot be used, or the disk is full. With `data.on_error='stop'` also any
-            faulty patient, once all have been looked at; every one is printed.
+        InputError: A setting or the cohort cannot be used, or the disk has no room. With `data.on_error='stop'` also
+            any faulty patient, once all have been looked at; every one is printed.
     """
     _check_settings(data)
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     if data.path and is_prepared(Path(data.path).expanduser()):
         return _open_as_asked(data)
     settings = _settings(data)
@@ -86,14 +86,12 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
         what = 'files' if prepared.report['settings'] == settings else 'settings'
         print(f'The {what} of the cohort are not those that {folder} was prepared with; preparing it again.')
     report = {'format': FORMAT, 'key': key, 'settings': settings, 'synthetic': synthetic}
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_disk(folder, len(cohort.scans) * int(np.prod(data.roi_size)))
+    # Less than a byte a voxel of the box, measured: most of it is background.
+    require_space(folder, _DISK_RESERVE + len(cohort.scans) * int(np.prod(data.roi_size)), 'the prepared cohort')
     scratch = folder / _SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         _prepare_in(scratch, folder, cohort, data, report)
-    except OSError as error:
-        raise InputError(f'cannot write to {folder}: {error.strerror or error}') from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     prepared = open_cohort(folder)
@@ -140,9 +138,7 @@ def _prepare_in(scratch: Path, folder: Path, cohort: Cohort, data: ConfigDict, r
     write_splits(folder / 'splits.json', splits)
     (folder / 'figures').mkdir(exist_ok=True)
     figure.savefig(folder / 'figures' / 'cohort.png')
-    part = folder / (COHORT_FILE + '.part')
-    part.write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
-    os.replace(part, folder / COHORT_FILE)
+    write_atomically(folder / COHORT_FILE, json.dumps(report, indent=1) + '\n')
 
 
 def cohort_table(report: Mapping) -> str:
@@ -238,7 +234,7 @@ def _phantom_data(data: ConfigDict, folder: Path) -> ConfigDict:
     print(f'No --config.data.path: using SYNTHETIC phantoms, not patients, in {phantom}.')
     if not phantom.exists():
         voxels = 2 * data.phantom.patients * _PHANTOM_VOXELS / data.phantom.spacing**3
-        _check_disk(folder, int(voxels))
+        require_space(folder, _DISK_RESERVE + int(voxels), 'the phantom cohort')  # less than a byte a voxel, by gzip
     write_phantom_cohort(phantom, data.phantom, data.workers)
     data = data.copy_and_resolve_references()
     data.path = str(phantom)
@@ -268,20 +264,6 @@ def _key(settings: Mapping, cohort: Cohort) -> str:
     problems = [vars(problem) for problem in cohort.problems]
     content = json.dumps([FORMAT, str(Builder.VERSION), settings, cohort.classes, scans, problems])
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    """Raises InputError if the disk of `folder` (which need not exist) has not `needed` bytes to spare.
-
-    Prepared ROIs take well below one byte a voxel of the box, of which `needed` is made: most of it is background.
-    """
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed + _DISK_RESERVE:
-        raise InputError(
-            f'{folder}: the prepared cohort may take {(needed + _DISK_RESERVE) / 1e9:.1f} GB, '
-            f'but the disk has {free / 1e9:.1f} GB left; make room, or choose another --workdir'
-        )
 
 
 def _stop_on(problems: Sequence[Problem], usable: int, on_error: str) -> None:

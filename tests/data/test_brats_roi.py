@@ -1,5 +1,6 @@
 """The TFDS builder and the parallel crops: nothing is lost on the way from a NIfTI file to a record."""
 
+import errno
 import itertools
 import subprocess
 import sys
@@ -140,6 +141,16 @@ def test_a_scan_is_described_in_physical_units(tmp_path):
     assert found['tumour_ml'] == pytest.approx(voxels * 1.1 * 0.9 * 1.3 / 1000)
     assert found['shape'] == [20, 24, 22]  # depth, height, width of a NIfTI volume of 24 x 22 x 20
     assert found['spacing'] == pytest.approx([np.hypot(1.3, 0.1), 1.1, 0.9], abs=1e-4)
+
+
+def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    def write(*_, **__):
+        raise RuntimeError('write() failed: No space left on device; writing brats_roi-train.array_record')
+
+    monkeypatch.setattr(brats_roi_dataset_builder.Builder, 'download_and_prepare', write)
+    with pytest.raises(OSError, match='No space left') as error:
+        build(tmp_path, {'train': [make_roi(0)]})
+    assert error.value.errno == errno.ENOSPC
 
 
 def test_preparing_and_reading_needs_no_tensorflow(tmp_path):

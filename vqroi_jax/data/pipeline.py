@@ -47,7 +47,7 @@ class RoiSource:
         return {key: value.decode() if isinstance(value, bytes) else value for key, value in record.items()}
 
     def roi(self, index: int) -> Roi:
-        """The record as it was cropped, for `vqroi_jax.data.roi.put_back`; its `counts` are in `PreparedCohort.scans`."""
+        """The record as it was cropped, for `vqroi_jax.data.roi.put_back`; `counts` is in `PreparedCohort.scans`."""
         record = self[index]
         return Roi(
             raw=record['volume'],
@@ -115,7 +115,9 @@ def open_cohort(folder: Path) -> PreparedCohort:
     try:
         report = json.loads((folder / COHORT_FILE).read_text(encoding='utf-8'))
         if report['format'] != FORMAT:
-            raise InputError(f'{folder / COHORT_FILE} was written by another version of vqroi_jax; {remedy}')
+            raise InputError(
+                f'{folder / COHORT_FILE} was written by another version of vqroi_jax; remove it and {remedy}'
+            )
         scans = {scan['id']: scan for scan in report['scans']}
         splits = {name: [i for i, scan in scans.items() if scan['split'] == name] for name in SPLITS}
         cohort = PreparedCohort(folder, tuple(report['classes']), tuple(report['roi_size']), splits, scans, report)

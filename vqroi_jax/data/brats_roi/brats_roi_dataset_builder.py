@@ -5,8 +5,10 @@ memory first and, above 1 GB (a hundred patients of 128³), goes on through Tens
 """
 
 import contextlib
+import errno
 import functools
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -95,10 +97,22 @@ class Builder(tfds.core.ShardBasedBuilder):
             self._bar.update()
 
     def build(self) -> Path:
-        """Writes the dataset; our progress bar stands in for TFDS's. Returns the folder."""
+        """Writes the dataset; our progress bar stands in for TFDS's.
+
+        Returns:
+            The dataset's folder.
+
+        Raises:
+            OSError: The disk is full, or what else keeps it from being written.
+        """
         tfds.disable_progress_bar()
         total = sum(len(records) for records in self._splits.values())
         quiet = contextlib.redirect_stdout(io.StringIO())  # TFDS's notes on downloads
         with quiet, tqdm(total=total, desc='storing', unit='patient', disable=None) as self._bar:
-            self.download_and_prepare(file_format='array_record', download_dir=self._data_dir_root)
+            try:
+                self.download_and_prepare(file_format='array_record', download_dir=self._data_dir_root)
+            except RuntimeError as error:  # all that ArrayRecord has
+                if os.strerror(errno.ENOSPC) in str(error):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.data_dir) from error
+                raise
         return Path(self.data_dir)

@@ -104,7 +104,7 @@ def crop_scans(scans: Sequence[Scan], data: ConfigDict, folder: Path) -> tuple[d
         same order. Two scans with the very same tumour voxels are a fault of the second.
 
     Raises:
-        InputError: A process was killed (memory), or the disk is full.
+        InputError: A process was killed, most likely for want of memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
     results: list = [None] * len(scans)
@@ -118,8 +118,6 @@ def crop_scans(scans: Sequence[Scan], data: ConfigDict, folder: Path) -> tuple[d
         raise InputError(
             'a process that crops was killed, most likely for want of memory; use fewer: --config.data.workers=1'
         ) from error
-    except OSError as error:
-        raise InputError(f'cannot write the ROIs to {folder}: {error.strerror or error}') from error
     return _refuse_twins(scans, results)
 
 
