@@ -26,10 +26,21 @@ from ml_collections import ConfigDict
 from scipy import ndimage
 from tqdm import tqdm
 
+from vqroi_jax.data.phantom_brain import (
+    CENTRE,
+    HEAD,
+    Brain,
+    SmoothField,
+    draw_brain,
+    edge_width,
+    healthy,
+    noise,
+    ramp,
+    slabs,
+)
 from vqroi_jax.errors import InputError
 
 CLASSES = ('LGG', 'HGG')
-HEAD = (240, 240, 155)  # mm, NIfTI axes 0 (to the left), 1 (to the back), 2 (up), as BraTS
 VERSION = 1  # of the drawing: raise it when the same seed gives other voxels
 SETTINGS_FILE = 'phantom.json'
 DESCRIPTION = 'SYNTHETIC phantom made by vqroi_jax, not a patient'
@@ -40,67 +51,7 @@ The layout is that of BraTS 2019: CLASS/ID/ID_flair.nii.gz and ID_seg.nii.gz (1 
 this cohort are in phantom.json. Do not draw medical conclusions from it.
 """
 
-_CENTRE = np.array([118.0, 131.0, 76.0])  # mm: middle of the brain in the head
-_STEP = 3.0  # mm between the knots of the anatomy's fields
 _REACH = 56.0  # mm: no tumour extends farther from its centre on any axis, so all fit a 128 mm ROI
-_CSF, _WHITE, _GREY = 0.2, 1.0, 1.13  # FLAIR signal, relative to white matter
-
-
-@dataclasses.dataclass(frozen=True)
-class _Field:
-    """A smooth function of space: a cubic B-spline with `knots` [a,b,c] every `step` mm from `origin` mm."""
-
-    knots: np.ndarray
-    origin: np.ndarray
-    step: float
-
-    def at(self, axes: Sequence[np.ndarray]) -> np.ndarray:
-        """Values float32 [len(x),len(y),len(z)] at the grid of positions (mm) along three axes."""
-        values = self.knots
-        for axis, positions in enumerate(axes):
-            place = (positions - self.origin[axis]) / self.step
-            distance = np.abs(place[:, None] - np.arange(self.knots.shape[axis])[None]).astype(np.float32)
-            near = 2 / 3 - distance**2 * (1 - distance / 2)
-            weights = np.where(distance < 1, near, np.maximum(2 - distance, 0) ** 3 / 6)
-            values = np.tensordot(values, weights, axes=(0, 1))  # the axes rotate once round
-        return values
-
-
-def _noise(rng: np.random.Generator, step: float) -> _Field:
-    """A random field over the head of zero mean, unit variance and a grain of about `step` mm."""
-    knots = rng.standard_normal([math.ceil(side / step) + 4 for side in HEAD]).astype(np.float32)
-    return _Field(knots / 0.332, np.full(3, -2.0 * step), step)  # 0.332: sd of a cubic spline of white knots
-
-
-def _ellipsoid(p: np.ndarray, centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
-    """Signed distance (mm, about; negative inside) of points `p` [3,...] to an ellipsoid."""
-    q = (p - np.reshape(centre, (3, 1, 1, 1))) / np.reshape(radii, (3, 1, 1, 1))
-    length = np.sqrt((q**2).sum(0)) + 1e-3
-    slope = np.sqrt(((q / np.reshape(radii, (3, 1, 1, 1))) ** 2).sum(0)) + 1e-6
-    return length * (length - 1) / slope
-
-
-def _tube(p: np.ndarray, path: Sequence[Sequence[float]]) -> np.ndarray:
-    """Signed distance (mm) to a chain of cones; `path` lists x, y, z and radius."""
-    result = np.full(p.shape[1:], np.inf)
-    for start, end in zip(np.asarray(path[:-1], float), np.asarray(path[1:], float), strict=True):
-        line = end[:3] - start[:3]
-        offset = p - start[:3].reshape(3, 1, 1, 1)
-        share = np.clip(np.tensordot(line, offset, 1) / (line @ line), 0, 1)
-        distance = np.sqrt(((offset - line.reshape(3, 1, 1, 1) * share) ** 2).sum(0))
-        result = np.minimum(result, distance - (start[3] + (end[3] - start[3]) * share))
-    return result
-
-
-def _union(*distances: np.ndarray, softness: float = 3.0) -> np.ndarray:
-    """Signed distance to shapes that melt into each other over `softness` mm."""
-    lowest = np.minimum.reduce(distances)
-    return lowest - softness * np.log(sum(np.exp((lowest - d) / softness) for d in distances))
-
-
-def _ramp(distance: np.ndarray, width: float) -> np.ndarray:
-    """0 to 1 over `width` mm around distance 0: a partial-volume edge."""
-    return np.clip(distance / width + 0.5, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +70,10 @@ class _Tumour:
     oedema_signal: float
     mottle: float  # sd of the texture
     push: float  # how far it moves the brain around it
-    border: _Field  # random fields of unit variance, by what they disturb
-    rim_width: _Field
-    spread: _Field
-    texture: _Field
+    border: SmoothField  # random fields of unit variance, by what they disturb
+    rim_width: SmoothField
+    spread: SmoothField
+    texture: SmoothField
 
 
 def _draw_tumour(rng: np.random.Generator, label: str) -> _Tumour:
@@ -145,167 +96,82 @@ def _draw_tumour(rng: np.random.Generator, label: str) -> _Tumour:
         oedema=between(1.5, 15.0),
         rim=between(8.0, 4.5) if necrotic else radius,
         cyst=radius * rng.uniform(0.3, 0.5) if cystic else 0.0,
-        solid_signal=rng.uniform(1.55, 1.9) + 0.25 * necrotic,
+        solid_signal=rng.uniform(1.55, 1.9) + 0.2 * necrotic,
         core_signal=rng.uniform(0.45, 0.9),
-        oedema_signal=rng.uniform(1.4, 1.7),
+        oedema_signal=rng.uniform(1.45, 1.8),
         mottle=between(0.03, 0.11),
-        push=between(1.0, 6.0),
-        border=_noise(rng, 11),
-        rim_width=_noise(rng, 9),
-        spread=_noise(rng, 20),
-        texture=_noise(rng, 6),
+        push=between(0.2, 0.6) * radius,
+        border=noise(rng, 11),
+        rim_width=noise(rng, 9),
+        spread=noise(rng, 20),
+        texture=noise(rng, 6),
     )
 
 
-def _parts(p: np.ndarray) -> dict[str, np.ndarray]:
-    """Signed distances (mm, negative inside) to the brain's parts at points `p` [3,a,b,c] around its middle."""
-    m = np.concatenate([np.abs(p[:1]), p[1:]])  # both halves are alike
-    cerebrum = _union(
-        _ellipsoid(m, (27, -6, 14), (37, 68, 47)),
-        _ellipsoid(m, (24, 36, 8), (36, 44, 38)),
-        _ellipsoid(m, (17, -48, 0), (25, 31, 26)),
-        _ellipsoid(m, (12, 4, -6), (26, 34, 20)),
+def _depths(
+    tumour: _Tumour, brain: Brain, axes: Sequence[np.ndarray], clear: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How deep (mm, negative outside) voxels lie in the tumour's solid part, its dark core and its oedema."""
+    offsets = np.meshgrid(*[a - c for a, c in zip(axes, brain.centre, strict=True)], indexing='ij', sparse=True)
+    rows = (tumour.axes / tumour.ratios[:, None]).astype(np.float32)
+    distance = np.sqrt(
+        sum(sum(r * x.astype(np.float32) for r, x in zip(row, offsets, strict=True)) ** 2 for row in rows)
     )
-    temporal = _union(_ellipsoid(m, (45, -12, -25), (19, 35, 17)), _ellipsoid(m, (43, 18, -17), (20, 32, 17)))
-    cerebellum = _ellipsoid(m, (21, 44, -38), (31, 27, 20))
-    stem = _tube(p, [(0, 10, -12, 15), (0, 12, -34, 14), (0, 24, -64, 9)])
-    return {'cerebrum': cerebrum, 'temporal': temporal, 'cerebellum': cerebellum, 'stem': stem}
+    border, texture = tumour.border.at(axes), tumour.texture.at(axes)
+    solid = tumour.radius - distance + tumour.irregular * border
+    spread = tumour.oedema * (1 + 0.55 * tumour.spread.at(axes)) + 0.8 * tumour.irregular * texture
+    oedema = np.minimum(solid + np.maximum(spread, 1), 1.2 * (clear - 2))  # it keeps to the white matter
+
+    # Neither leaves the brain, enters a ventricle, crosses the midline or outgrows the ROI.
+    at = brain.sample(axes, 'surface', 'ventricles', 'midline')
+    own_side = np.sign(brain.centre[0] - CENTRE[0]) * at['midline'] - 0.5
+    limits = [-at['surface'], at['ventricles'], own_side, *[_REACH - np.abs(x) for x in offsets]]
+    for limit in limits:
+        np.minimum(solid, limit, out=solid)
+        np.minimum(oedema, limit, out=oedema)
+    core = solid - np.maximum(tumour.rim * (1 + 0.4 * tumour.rim_width.at(axes)), 1.5)
+    if tumour.cyst:
+        core = np.maximum(core, tumour.cyst - distance + border)
+    return solid, core, oedema
 
 
-def _folds(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Distance (mm, about) to the nearest sulcus: zeros of a random field that hardly changes in depth."""
-    origin = np.stack([np.where(p[0] < 0, -22.0, 22.0), np.zeros_like(p[1]), np.zeros_like(p[2])])
-    offset = p - origin
-    length = np.sqrt((offset**2).sum(0)) + 1.0
-    shell = offset * (0.3 + 0.7 * 48.0 / length)  # drawn together along the radius
-    knots = rng.standard_normal((32, 32, 32)).astype(np.float32)
-    step = 10.5
-    waves = ndimage.map_coordinates(knots, shell / step + 16 + 3.7 * (p[:1] < 0), order=3, prefilter=False)
-    slope = np.sqrt(sum(g**2 for g in np.gradient(waves, _STEP)))
-    return waves / np.maximum(slope, 0.4 * slope.mean())
-
-
-def _anatomy(p: np.ndarray, moved: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """What the brain is made of: distances in mm on the coarse grid.
-
-    Args:
-        p: points [3,a,b,c] around the brain's centre.
-        moved: the same where the tissue found there would be without the tumour's push.
-        rng: draws what differs between brains.
-    """
-    sway = 1.5 * rng.standard_normal()
-    parts, inner = _parts(p), _parts(moved)
-    m = np.concatenate([np.abs(moved[:1]), moved[1:]])
-    wide = rng.uniform(0.7, 1.35)
-    lateral = [(7, -30, 6, 3.0), (8, -16, 15, 4.0), (11, 10, 19, 3.5), (20, 30, 9, 5.5)]
-    ventricles = np.minimum(
-        _tube(m, [(x, y, z, r * wide) for x, y, z, r in [*lateral, (25, 46, 3, 2.0)]]),
-        _tube(m, [(20, 30, 9, 4.0 * wide), (30, 16, -12, 2.0), (32, 0, -20, 2.0)]),
-    )
-    third = np.maximum(np.abs(moved[0]) - 1.5 * wide, _ellipsoid(m, (0, 2, -2), (20, 15, 11)))
-    fourth = _ellipsoid(m, (0, 32, -36), (6, 4, 8))
-    deep_grey = np.minimum(
-        _ellipsoid(m, (11, 10, 1), (8, 14, 8)),
-        np.minimum(_ellipsoid(m, (26, -6, -1), (6, 18, 11)), _ellipsoid(m, (13, -20, 6), (5, 10, 9))),
-    )
-    return {
-        'surface': _union(*parts.values(), softness=2.0),
-        'midline': moved[0] + sway * np.sin(moved[1] / 30),
-        'bridge': _union(_ellipsoid(m, (0, -2, 10), (30, 42, 14)), _ellipsoid(m, (0, 8, -16), (30, 26, 22))),
-        'sylvian': inner['temporal'] - inner['cerebrum'],
-        'tentorium': inner['cerebellum'] - np.minimum(inner['cerebrum'], inner['temporal']),
-        'cerebellum': np.minimum(inner['cerebellum'], inner['stem'] - 2),
-        'sulcus': _folds(moved, rng),
-        'ventricles': np.minimum(np.minimum(ventricles, third), fourth),
-        'deep_grey': deep_grey,
-        'folia': np.sqrt((moved[1] - 26) ** 2 + 2.2 * (moved[2] + 34) ** 2),
-    }
-
-
-def _place(rng: np.random.Generator, p: np.ndarray, radius: float) -> np.ndarray:
-    """A point of the cerebrum, mm around its centre, where a tumour of `radius` mm lies mostly inside."""
-    parts = _parts(p)
-    room = -np.minimum(parts['cerebrum'], parts['temporal'])
-    side = np.abs(p[0])
-    room = np.where((parts['cerebellum'] > 8) & (parts['stem'] > 8), np.minimum(room, side), 0)
-    fits = np.argwhere(room > min(0.75 * radius, 0.9 * room.max()))
-    return p[(slice(None), *fits[rng.integers(len(fits))])]
-
-
-def _tissue(sampled: dict[str, np.ndarray], open_sulci: float, soft: float) -> tuple[np.ndarray, np.ndarray]:
-    """FLAIR signal of a healthy brain [i,j,k] and the distance (mm) to the nearest CSF; see `_anatomy`."""
-    depth = -sampled['surface']
-    fissure = np.where(sampled['bridge'] > 0, np.abs(sampled['midline']) - 0.3, 9.0)
-    below = sampled['cerebellum'] < 0
-    sulcus = np.abs(sampled['sulcus']) + np.maximum(depth - 15, 0) * 0.8 + 9.0 * below
-    gap = np.minimum(sulcus, np.abs(sampled['sylvian']) * 0.8 + np.maximum(depth - 22, 0))
-    gap = np.minimum(np.minimum(gap, fissure), np.abs(sampled['tentorium']))
-    gap -= open_sulci * (1.3 - 0.03 * np.clip(depth, 0, 20))
-    ribbon = np.minimum(gap, depth + 1.0)
-    grey = np.maximum(_ramp(3.0 - ribbon, soft), _ramp(-sampled['deep_grey'], soft + 1))
-    grey = np.where(below, 0.35 + 0.35 * np.cos(sampled['folia'] * (2 * np.pi / 4.2)), grey)
-    signal = _WHITE + (_GREY - _WHITE) * grey
-    caps = np.exp(-np.maximum(sampled['ventricles'], 0) / 2.0)
-    signal += 0.12 * caps
-    csf = np.maximum(_ramp(-gap, soft), _ramp(-sampled['ventricles'], soft))
-    return signal + (_CSF - signal) * csf, np.minimum(ribbon, sampled['ventricles'])
-
-
-def _tumour_in(
-    tumour: _Tumour,
-    centre: np.ndarray,
-    axes: Sequence[np.ndarray],
-    sampled: dict[str, np.ndarray],
-    clear: np.ndarray,
-    healthy: np.ndarray,
-    soft: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the tumour into a box.
+def _add_tumour(
+    tumour: _Tumour, brain: Brain, axes: Sequence[np.ndarray], signal: np.ndarray, clear: np.ndarray, soft: float
+) -> np.ndarray:
+    """Draws the tumour into `signal`, in place, and returns its mask (uint8, BraTS labels 1, 2 and 4).
 
     Args:
         tumour: what to draw.
-        centre: [3] mm in the head.
-        axes: positions (mm) of the box's voxels along three axes.
-        sampled: the anatomy's fields in the box.
-        clear: distance (mm) to CSF in the box.
-        healthy: signal of the healthy brain in the box.
+        brain: where to draw it.
+        axes: positions (mm) of the voxels along three axes.
+        signal: of the healthy brain, relative to white matter.
+        clear: distance (mm) to CSF.
         soft: width (mm) of edges.
-
-    Returns:
-        Signal with the tumour, and its mask (uint8, BraTS labels 1, 2 and 4).
     """
-    offset = np.stack(np.meshgrid(*[a - c for a, c in zip(axes, centre, strict=True)], indexing='ij'))
-    own = np.tensordot(tumour.axes / tumour.ratios[:, None], offset.astype(np.float32), axes=1)
-    solid = tumour.radius - np.sqrt((own**2).sum(0)) + tumour.irregular * tumour.border.at(axes)
-    spread = tumour.oedema * (1 + 0.55 * tumour.spread.at(axes)) + 0.8 * tumour.irregular * tumour.texture.at(axes)
-    around = np.minimum(solid + np.maximum(spread, 1.0), 1.2 * (clear - 2.0))  # oedema stays in white matter
-    side = np.sign(centre[0] - _CENTRE[0])
-    barrier = np.minimum(-sampled['surface'], sampled['ventricles'])
-    barrier = np.minimum(barrier, side * sampled['midline'] - 0.5)
-    solid, around = np.minimum(solid, barrier), np.minimum(around, barrier)
-    for positions, middle, axis in zip(axes, centre, range(3), strict=True):
-        reach = (_REACH - np.abs(positions - middle)).reshape([-1 if a == axis else 1 for a in range(3)])
-        solid, around = np.minimum(solid, reach), np.minimum(around, reach)
-    whole = np.maximum(solid, around)
-
+    solid, core, oedema = _depths(tumour, brain, axes, clear)
     texture = tumour.texture.at(axes)
-    rim = tumour.rim * (1 + 0.3 * tumour.rim_width.at(axes))
-    core = solid - np.maximum(rim, 1.5)
     inside = tumour.solid_signal * (1 + tumour.mottle * texture)
-    dark = tumour.core_signal * (1 + 0.15 * texture)
-    inside += (dark - inside) * _ramp(core, soft + 1.5)
-    if tumour.cyst:
-        cyst = tumour.cyst - np.sqrt((own**2).sum(0)) + tumour.border.at(axes)
-        inside += (dark - inside) * _ramp(cyst, soft + 1)
+    inside += (tumour.core_signal * (1 + 0.15 * texture) - inside) * ramp(core, soft + 1.5)
     wet = tumour.oedema_signal * (1 + 0.5 * tumour.mottle * texture)
-    signal = healthy + (wet - healthy) * _ramp(around - 0.5, soft + 2)
-    signal += (inside - signal) * _ramp(solid, soft + 1)
-
-    mask = np.zeros(whole.shape, np.uint8)
-    mask[whole > 0] = 2
+    signal += (wet - signal) * ramp(oedema - 0.5, soft + 2)
+    signal += (inside - signal) * ramp(solid, soft + 1)
+    mask = np.zeros(signal.shape, np.uint8)
+    mask[oedema > 0] = 2
     mask[solid > 0] = 4
-    mask[core > 0] = 1
-    return signal, mask
+    mask[(core > 0) & (solid > 0)] = 1
+    return mask
+
+
+def _scan(brain: Brain, axes: Sequence[np.ndarray], signal: np.ndarray, spacing: float, seed: Sequence[int]) -> None:
+    """Gives `signal`, in place, what a scanner adds: uneven sensitivity, Rician noise and a little blur."""
+    rng = np.random.default_rng(seed)
+    sd = 0.06 * min(1.0, spacing**-1.5)  # a larger voxel averages more
+    for slab in slabs(len(signal)):
+        uneven = signal[slab] * (1 + 0.06 * brain.bias.at([axes[0][slab], *axes[1:]]))
+        grain = rng.standard_normal((2, *uneven.shape), np.float32) * sd
+        signal[slab] = np.hypot(uneven + grain[0], grain[1])
+    if spacing < 2:
+        ndimage.gaussian_filter(signal, 0.6 / spacing, truncate=2, output=signal)
 
 
 def make_phantom(label: str, seed: int | Sequence[int], spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -317,57 +183,37 @@ def make_phantom(label: str, seed: int | Sequence[int], spacing: float) -> tuple
         spacing: mm a voxel on all axes; the head is 240 x 240 x 155 mm.
 
     Returns:
-        FLAIR image int16 [i,j,k] with background 0, mask uint8 [i,j,k] with BraTS labels (1 core, 2 oedema,
-        4 enhancing rim), and affine float64 [4,4], at 1 mm that of BraTS.
+        FLAIR image int16 [i,j,k] with background 0, mask uint8 [i,j,k] with BraTS labels (1 dark core, 2 oedema,
+        4 solid part or rim), and affine float64 [4,4], at 1 mm that of BraTS.
     """
-    rng = np.random.default_rng([CLASSES.index(label), *np.atleast_1d(seed)])
-    knots = [np.arange(low, high, _STEP) for low, high in ((36, 204), (36, 228), (-2, 160))]
-    origin = np.array([k[0] for k in knots])
-    scale = rng.normal(1.0, 0.03, 3).reshape(3, 1, 1, 1)
-    p = np.stack(np.meshgrid(*knots, indexing='ij')) - _CENTRE.reshape(3, 1, 1, 1)
-    p = (p / scale).astype(np.float32)
+    seed = [CLASSES.index(label), *np.atleast_1d(seed)]
+    rng = np.random.default_rng(seed)
     tumour = _draw_tumour(rng, label)
-    centre = _place(rng, p, tumour.radius)
-    offset = p - centre.reshape(3, 1, 1, 1)
-    length = np.sqrt((offset**2).sum(0)) + 1e-3
-    moved = p - offset / length * tumour.push * np.exp(-((length / (2.2 * tumour.radius)) ** 2))
-    anatomy = _anatomy(p, moved, rng)
-    fields = {name: _Field(values.astype(np.float32), origin, _STEP) for name, values in anatomy.items()}
-    centre = centre * scale.ravel() + _CENTRE
+    brain = draw_brain(rng, tumour.radius, tumour.push)
+    gain = rng.uniform(220, 420)
 
     shape = [math.ceil(side / spacing) for side in HEAD]
     axes = [spacing * np.arange(n) + (spacing - 1) / 2 for n in shape]
-    held = np.argwhere(anatomy['surface'] < 2)
-    low, high = origin + _STEP * held.min(0), origin + _STEP * held.max(0)
-    brain = tuple(slice(*np.searchsorted(a, (lo, hi))) for a, lo, hi in zip(axes, low, high, strict=True))
-    axes = [a[s] for a, s in zip(axes, brain, strict=True)]
-    sampled = {name: field.at(axes) for name, field in fields.items()}
-    soft = max(1.2, 0.8 * spacing)
-    signal, clear = _tissue(sampled, rng.uniform(0.6, 1.4), soft)
-
-    box = tuple(slice(*np.searchsorted(a, (c - _REACH, c + _REACH))) for a, c in zip(axes, centre, strict=True))
-    part = {name: values[box] for name, values in sampled.items()}
-    boxes = [a[s] for a, s in zip(axes, box, strict=True)]
-    signal[box], tumour_mask = _tumour_in(tumour, centre, boxes, part, clear[box], signal[box], soft)
-
-    bias = 1 + 0.06 * _noise(rng, 70).at(axes)
-    gain = rng.uniform(220, 420)
-    inside = sampled['surface'] < 0
-    grain = np.random.default_rng([*np.atleast_1d(seed), 1]).standard_normal((2, *signal.shape), np.float32)
-    grain *= 0.05 * min(1.0, spacing**-1.5)
-    signal = np.hypot(signal * bias + grain[0], grain[1])
-    signal = ndimage.gaussian_filter(signal, 0.6 / spacing, truncate=2) if spacing < 2 else signal
-
-    image = np.zeros(shape, np.int16)
-    image[brain] = np.where(inside, np.maximum(gain * signal, 1), 0)
+    region, axes = _cut(axes, brain.low, brain.high)
+    signal, clear, inside = healthy(brain, axes, spacing)
+    box, box_axes = _cut(axes, brain.centre - _REACH, brain.centre + _REACH)
     mask = np.zeros(shape, np.uint8)
-    mask[brain][box] = tumour_mask * inside[box]
+    tumour_mask = _add_tumour(tumour, brain, box_axes, signal[box], clear[box], edge_width(spacing))
+    inside[box] |= tumour_mask > 0
+    mask[region][box] = tumour_mask
+    _scan(brain, axes, signal, spacing, [*seed, 1])
+    image = np.zeros(shape, np.int16)
+    image[region] = np.where(inside, np.maximum(gain * signal, 1), 0)
+
     affine = np.diag([-spacing, -spacing, spacing, 1.0])
     affine[:3, 3] = np.array([-1, -1, 1]) * (spacing - 1) / 2 + np.array([0, HEAD[1] - 1, 0])
     return image, mask, affine
 
 
-# ----------------------------------------------------------------------------------------------------- cohort
+def _cut(axes: Sequence[np.ndarray], low: np.ndarray, high: np.ndarray) -> tuple[tuple[slice, ...], list[np.ndarray]]:
+    """The slices of three axes (mm) between two corners, and the axes there."""
+    slices = tuple(slice(*np.searchsorted(a, corner)) for a, *corner in zip(axes, low, high, strict=True))
+    return slices, [a[s] for a, s in zip(axes, slices, strict=True)]
 
 
 def _write_patient(task: tuple[str, str, tuple[int, int], float]) -> None:
