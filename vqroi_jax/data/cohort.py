@@ -1,12 +1,13 @@
 """Finds the patients of a cohort: which image, which mask, which class.
 
-The first step of the data's way (cohort folder -> ROI records -> batches). It looks at names and small CSV files
-only and opens no volume; `vqroi_jax.data.roi` reads and checks those. Accepted are the BraTS folder layouts of
-2018 to 2023 and, for everything else, a CSV manifest.
+The first step of the data's way (cohort folder -> ROI records -> batches). It looks at names and small CSV
+files only and opens no volume; `vqroi_jax.data.roi` reads and checks those. Accepted are the BraTS folder
+layouts of 2018 to 2023 and, for everything else, a CSV manifest.
 """
 
 import csv
 import dataclasses
+import itertools
 import os
 import re
 from collections import defaultdict
@@ -21,7 +22,7 @@ LAYOUTS = {  # name -> what its patients look like, for messages
     'brats2019': 'CLASS/ID/ID_{flair}.nii.gz and ID_seg.nii.gz (BraTS 2018 and 2019)',
     'brats2020': 'ID/ID_{flair}.nii.gz and ID_seg.nii.gz, the grade in name_mapping.csv (BraTS 2020)',
     'brats2021': 'ID/ID_{flair}.nii.gz and ID_seg.nii.gz, the class in data.grades_csv (BraTS 2021)',
-    'brats2023': 'ID-TIMEPOINT/ID-TIMEPOINT-{t2f}.nii.gz and -seg.nii.gz, the class in data.grades_csv (BraTS 2023)',
+    'brats2023': 'ID/ID-{t2f}.nii.gz and ID-seg.nii.gz, the class in data.grades_csv (BraTS 2023)',
     'manifest': 'a CSV file with the columns id,image,mask,label',
 }
 MANIFEST_COLUMNS = ('id', 'image', 'mask', 'label')
@@ -44,7 +45,7 @@ class Scan:
 
     Attributes:
         id: the scan's unique name: its folder's, or the manifest's `id`.
-        patient: the unit of splits: a BraTS 2023 id without its time point, a manifest's `patient`, else `id`.
+        patient: the unit of splits: a BraTS 2023 id without its time point, a manifest's `patient`, or `id`.
         label: the name of the class.
         image: the NIfTI file with the intensities.
         mask: the NIfTI file with the tumour's labels.
@@ -100,15 +101,16 @@ class _Folder:
 def find_cohort(data: ml_collections.ConfigDict) -> Cohort:
     """Finds every scan below `data.path`, or in the manifest that it is.
 
-    The class of a patient is the first of these that is there: `data.grades_csv` (then nothing else is asked),
-    the class folder around the patient (LGG, HGG, or one of `data.classes`; any name if `data.layout` is
-    'brats2019' and there are several), the grade in `name_mapping.csv`. Links are followed; hidden files are not seen.
+    Where the class of a patient comes from: with `data.grades_csv`, from there and nowhere else (it may name
+    scans or patients); in 'brats2019', from the folder around it (LGG, HGG or one of `data.classes`; any name if
+    that layout is asked for and there are several); in 'brats2020', from name_mapping.csv; in 'brats2023', from
+    the folder around it too. Links are followed; hidden files are not seen.
 
     Args:
         data: the `data` block of a config: `path`, `layout`, `modality`, `grades_csv` and `classes` are read.
 
     Returns:
-        The cohort. Scans with a fault are in `problems` and not in `scans`; both may be empty, not both at once.
+        The cohort. Scans with a fault are in `problems`, not in `scans`; one of the two may be empty.
 
     Raises:
         InputError: nothing found, or a setting that fits nothing; the message says what was looked for.
@@ -116,9 +118,7 @@ def find_cohort(data: ml_collections.ConfigDict) -> Cohort:
     if not data.path:
         raise InputError('data.path is empty: give a cohort folder or a CSV manifest')
     if data.layout != 'auto' and data.layout not in LAYOUTS:
-        raise InputError(
-            f'data.layout={data.layout!r} is not known; choose one of auto, {", ".join(LAYOUTS)}'
-        )
+        raise InputError(f'data.layout={data.layout!r} is not known; choose one of auto, {", ".join(LAYOUTS)}')
     if len(set(data.classes)) < len(data.classes):
         raise InputError(f'data.classes={tuple(data.classes)} names a class twice')
     path = Path(data.path).expanduser()
@@ -133,9 +133,7 @@ def find_cohort(data: ml_collections.ConfigDict) -> Cohort:
         problems += unknown
     classes = tuple(data.classes) or _in_order({scan.label for scan in scans})
     by_id = sorted(scans, key=lambda scan: scan.id)
-    return Cohort(
-        str(data.path), layout, classes, tuple(by_id), tuple(sorted(problems, key=lambda p: (p.id, p.file)))
-    )
+    return Cohort(str(data.path), layout, classes, tuple(by_id), tuple(sorted(problems, key=lambda p: (p.id, p.file))))
 
 
 def _in_order(labels: set[str]) -> tuple[str, ...]:
@@ -144,9 +142,7 @@ def _in_order(labels: set[str]) -> tuple[str, ...]:
     return first + tuple(sorted(labels - set(first)))
 
 
-def _split_off_unknown_classes(
-    scans: list[Scan], classes: tuple[str, ...]
-) -> tuple[list[Scan], list[Problem]]:
+def _split_off_unknown_classes(scans: list[Scan], classes: tuple[str, ...]) -> tuple[list[Scan], list[Problem]]:
     expected = f'data.classes has {", ".join(classes)}'
     problems = [
         Problem(scan.id, str(scan.image), f'unknown class {scan.label!r}; {expected}')
@@ -156,37 +152,35 @@ def _split_off_unknown_classes(
     return [scan for scan in scans if scan.label in classes], problems
 
 
-def _without_doubles(
-    scans: list[Scan], key_of: dict[str, str] | None = None
-) -> tuple[list[Scan], list[Problem]]:
-    """Takes out every scan that shares its id, its image, or its entry in `key_of` (id -> key) with another."""
-    groups = defaultdict(set)
+def _without_doubles(scans: list[Scan], key_of: dict[str, str] | None = None) -> tuple[list[Scan], list[Problem]]:
+    """Takes out every scan that shares its id with another, or its image or entry in `key_of` with another patient."""
+    groups = defaultdict(list)
     for number, scan in enumerate(scans):
-        groups['id', scan.id].add(number)
-        groups['image', os.path.realpath(scan.image)].add(number)
+        groups['id', scan.id].append(number)
+        groups['image', os.path.realpath(scan.image)].append(number)
         if key_of and scan.id in key_of:
-            groups['key', key_of[scan.id]].add(number)
+            groups['key', key_of[scan.id]].append(number)
     twins = defaultdict(set)
-    for group in groups.values():
-        for number in group:
-            twins[number] |= group - {number}
+    for numbers in groups.values():
+        for one, other in itertools.permutations(numbers, 2):
+            if scans[one].id == scans[other].id or scans[one].patient != scans[other].patient:
+                twins[one].add(other)
     problems = [
         Problem(
             scans[number].id,
             str(scans[number].image),
-            f'the same patient twice: also {", ".join(str(scans[n].image) for n in sorted(others))}; keep one',
+            f'the same patient twice: also {", ".join(str(scans[n].image) for n in sorted(others))}',
         )
-        for number, others in twins.items()
-        if others
+        for number, others in sorted(twins.items())
     ]
-    return [scan for number, scan in enumerate(scans) if not twins[number]], problems
+    return [scan for number, scan in enumerate(scans) if number not in twins], problems
 
 
 # CSV files
 
 
 def _read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """Reads the rows of a CSV file as dicts with stripped values and lower-case keys, `columns` among them."""
+    """Reads a CSV file: a dict a row, of stripped values under lower-case keys, `columns` among them."""
     try:
         with path.open(newline='', encoding='utf-8-sig') as file:
             reader = csv.reader(file)
@@ -233,9 +227,7 @@ def _read_grades(path: Path) -> dict[str, str]:
     grades = {}
     for row in _read_csv(path, GRADES_COLUMNS):
         if row['label'] and grades.setdefault(row['id'], row['label']) != row['label']:
-            raise InputError(
-                f'{path}: {row["id"]} is {grades[row["id"]]} on one line and {row["label"]} on another'
-            )
+            raise InputError(f'{path}: {row["id"]} is {grades[row["id"]]} on one line and {row["label"]} on another')
     return grades
 
 
@@ -244,7 +236,7 @@ def _read_name_mapping(paths: list[Path]) -> tuple[dict[str, str], dict[str, str
     grades, key_of = {}, {}
     for path in paths:
         for number, row in enumerate(_read_csv(path, ())):
-            ids = [value for column, value in row.items() if re.fullmatch(r'brats_\d+_subject_id', column)]
+            ids = [value for column, value in row.items() if column.endswith('subject_id')]
             for name in ids:
                 if name and name != 'NA':
                     key_of[name] = f'{path}:{number}'
@@ -257,7 +249,7 @@ def _read_name_mapping(paths: list[Path]) -> tuple[dict[str, str], dict[str, str
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, tuple[str, ...], bool]]:
-    """Yields each folder from `root` down to `MAX_DEPTH`: path, names of its files, whether it has folders."""
+    """Yields each folder from `root` to `MAX_DEPTH`: path, names of its files, whether it has folders."""
 
     def stop(error: OSError):
         raise InputError(f'{error.filename}: cannot be read ({error.strerror})') from error
@@ -271,7 +263,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, tuple[str, ...], bool]]:
 
 
 def _separator(files: Iterable[str]) -> str:
-    """Says how a patient's files are named: '-' as since BraTS 2023, '_' as before, '' if like no patient's."""
+    """How a patient's files are named: '-' as since BraTS 2023, '_' as before, '' if like no patient's."""
     for separator in ('-', '_'):
         image = rf'{separator}({"|".join(_MODALITIES[separator].values())})\.nii(\.gz)?$'
         pattern = re.compile(f'{image}|{_MASK[separator]}', re.IGNORECASE)
@@ -281,7 +273,7 @@ def _separator(files: Iterable[str]) -> str:
 
 
 def _patient_folders(root: Path) -> tuple[list[_Folder], list[Path], list[Problem]]:
-    """Returns the patients' folders, the name_mapping.csv files, and siblings of patients that should be one."""
+    """Returns the patients' folders, the name_mapping.csv files, and folders that should be patients'."""
     patients, mappings, others = [], [], []
     for path, files, inner in _walk(root):
         mappings += [path / name for name in files if name.lower() == 'name_mapping.csv']
@@ -304,9 +296,7 @@ def _folder_scans(root: Path, data: ml_collections.ConfigDict) -> tuple[str, lis
     if data.layout == 'manifest':
         raise InputError(f'data.layout=manifest needs a CSV file, but data.path={data.path} is a folder')
     if data.modality not in _MODALITIES['_']:
-        raise InputError(
-            f'data.modality={data.modality!r} is not known; choose one of {", ".join(_MODALITIES["_"])}'
-        )
+        raise InputError(f'data.modality={data.modality!r} is not known; choose one of {", ".join(_MODALITIES["_"])}')
     folders, mappings, problems = _patient_folders(root)
     if not folders:
         raise InputError(
@@ -322,7 +312,7 @@ def _folder_scans(root: Path, data: ml_collections.ConfigDict) -> tuple[str, lis
     scans, unlabelled = [], []
     for folder in folders:
         name = folder.path.name
-        patient = re.sub(r'-\d+$', '', name) if layout == 'brats2023' else name
+        patient = re.sub(r'(-\d+)-\d+$', r'\1', name) if layout == 'brats2023' else name
         files, faults = _image_and_mask(folder, layout, data.modality)
         problems += faults
         if data.grades_csv:
@@ -332,9 +322,7 @@ def _folder_scans(root: Path, data: ml_collections.ConfigDict) -> tuple[str, lis
         else:
             label = mapped.get(name) if layout == 'brats2020' else None
         if not label:
-            unlabelled.append(
-                Problem(name, str(folder.path), f'no class: {_where_classes_are(layout, data)}')
-            )
+            unlabelled.append(Problem(name, str(folder.path), f'no class: {_where_classes_are(layout, data)}'))
         elif not faults:
             scans.append(Scan(name, patient, label, *files))
     if len(unlabelled) == len(folders):
@@ -353,9 +341,7 @@ def _class_folders(folders: list[_Folder], data: ml_collections.ConfigDict) -> s
     return around if data.layout == 'brats2019' and len(around) > 1 else known
 
 
-def _layout(
-    folders: list[_Folder], data: ml_collections.ConfigDict, class_folders: set[str], mapped: bool
-) -> str:
+def _layout(folders: list[_Folder], data: ml_collections.ConfigDict, class_folders: set[str], mapped: bool) -> str:
     """Returns `data.layout`, or what all folders look like; raises if they look like several."""
     seen = defaultdict(list)
     for folder in folders:
@@ -370,8 +356,8 @@ def _layout(
     if data.layout == 'auto':
         if len(seen) > 1:
             raise InputError(
-                f'data.path={data.path} mixes layouts: {found}; BraTS repeats patients from year to year under '
-                'new names, so give one of them, or a CSV manifest (id,image,mask,label) of what you want'
+                f'data.path={data.path} mixes layouts: {found}; BraTS repeats patients from year to year '
+                'under new names, so give one of them, or a CSV manifest (id,image,mask,label) of what you want'
             )
         return next(iter(seen))
     separator = '-' if data.layout == 'brats2023' else '_'
@@ -409,7 +395,7 @@ def _image_and_mask(folder: _Folder, layout: str, modality: str) -> tuple[list[P
         if len(matches) > 1:
             message = f'{len(matches)} files could be it: {", ".join(matches)}; keep one'
         elif not matches or not (folder.path / matches[0]).is_file():
-            message = 'missing file (or .nii)'
+            message = 'missing file (nor is it there as .nii)'
         else:
             picked.append(folder.path / matches[0])
             continue

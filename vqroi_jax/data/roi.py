@@ -1,8 +1,9 @@
 """From a NIfTI image and mask to a region of interest (ROI), and back into the brain.
 
-Second step of the data's way: `read_roi` opens what `vqroi_jax.data.cohort` found, checks it, and crops. Everything here
-works on arrays [depth, height, width] = NIfTI axes (2, 0, 1); see `to_volume` and `to_nifti`. NumPy and nibabel only, so that
-the processes that prepare a cohort start fast. Most of a patient's time is gzip: only the tumour's box is touched beyond that.
+Second step of the data's way: `read_roi` opens what `vqroi_jax.data.cohort` found, checks it, and crops. Arrays
+here are [depth, height, width] = NIfTI axes (2, 0, 1); see `to_volume` and `to_nifti`. NumPy and nibabel only, so
+that the processes that prepare a cohort start fast. Most of a patient's time is gzip: of the image, only the
+tumour's box and the volume's edges are looked at.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ class Roi:
     """A tumour cut out of its brain, centred in a box of `data.roi_size`, here [D, H, W].
 
     Attributes:
-        raw: [D, H, W], image minus `background` where `mask`, 0 elsewhere; not clipped, voxels without a number are 0.
+        raw: [D, H, W], image minus `background` where `mask`, 0 elsewhere; not clipped; NaN and infinite are 0.
             float32, or float64 where float32 could not hold the image's values exactly.
         mask: bool [D, H, W], the tumour.
         offset: where the voxel (0, 0, 0) of the box lies in the full volume (D, H, W); may be negative.
@@ -59,9 +60,10 @@ class Roi:
         affine: float64 [4, 4] of the full NIfTI volume, so for (i, j, k) = (H, W, D).
         range: what `scale` takes: 0 (the background) and the largest value of `raw`.
         background: what was subtracted from the image; 0 unless its background was a constant other than 0.
-        counts: 'tumour_voxels' in the box; of these 'nan_voxels' (no finite number), 'negative_voxels' (below the
-            background: clipped in the scaled volume) and 'zero_voxels' (of the background's own value); and
-            'cropped_voxels', tumour outside the box.
+        counts: 'tumour_voxels' in the box; of these 'nan_voxels' (NaN or infinite), 'negative_voxels' (below the
+            background: clipped in the scaled volume) and 'zero_voxels' (of the background's own value); all these
+            are -1 in the scaled volume, so the mask and no threshold says what is tumour. And 'cropped_voxels',
+            tumour outside the box.
     """
 
     raw: np.ndarray
@@ -96,19 +98,16 @@ def to_nifti(volume: np.ndarray) -> np.ndarray:
 
 
 def scale(raw: np.ndarray, range: tuple[float, float]) -> np.ndarray:
-    """Clips to `range` (minimum, maximum) and maps it to [-1, 1]; float32 of the same shape."""
-    low, high = range
-    scaled = np.clip(raw, low, high).astype(np.float32)
-    scaled -= np.float32(low)
-    scaled *= np.float32(2 / (high - low))
-    scaled -= np.float32(1)
-    return np.clip(scaled, -1, 1, out=scaled)
+    """Clips to `range` (minimum, maximum) and maps that to [-1, 1]; float32 of the same shape."""
+    low, high = map(float, range)
+    scaled = (np.clip(raw, low, high) - low) * (2 / (high - low)) - 1
+    return np.clip(scaled, -1, 1).astype(np.float32)
 
 
 def unscale(volume: np.ndarray, range: tuple[float, float]) -> np.ndarray:
-    """Maps [-1, 1] back to `range`; float32 of the same shape, equal to what was scaled up to rounding and clipping."""
-    low, high = range
-    return (volume.astype(np.float32) + np.float32(1)) * np.float32((high - low) / 2) + np.float32(low)
+    """Maps [-1, 1] back to `range`: what was scaled, up to rounding and clipping; the shape and dtype stay."""
+    low, high = map(float, range)
+    return (volume + 1) * ((high - low) / 2) + low
 
 
 def mask_box(mask: np.ndarray) -> tuple[slice, ...]:
@@ -133,8 +132,7 @@ def crop_roi(
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     """Cuts the box of `size` that is centred on the mask; what lies outside the volume or the mask is 0.
 
-    Where the sides of box and tumour differ by an odd number, the voxel too much is after the tumour (or, for a tumour
-    larger than the box, is cut before it... see offset).
+    The tumour starts floor((size - its side) / 2) voxels into the box; if that is negative, so many are cut off.
 
     Args:
         image: [D, H, W] of any dtype.
@@ -142,7 +140,7 @@ def crop_roi(
         size: (D, H, W) of the box.
 
     Returns:
-        `image * mask` in the box, in the image's dtype; the mask in the box; where the box starts in the volume.
+        `image * mask` in the box, of the image's dtype; the mask in the box; where the box starts in the volume.
 
     Raises:
         ValueError: the mask is empty.
@@ -167,8 +165,8 @@ def put_back(
 ) -> np.ndarray:
     """Writes the voxels of an ROI into a brain: the inverse of cropping.
 
-    With `Roi.raw` it is exact; with `unscale(volume, range)` it is right up to rounding, and voxels that were below
-    the background get its value.
+    With `Roi.raw` it is exact but for NaN and infinite voxels, which come back as background; with
+    `unscale(volume, range)` it is right up to rounding, and voxels below the background come back as background.
 
     Args:
         brain: [D, H, W], any real dtype; unchanged.
@@ -178,19 +176,14 @@ def put_back(
         background: what was subtracted from the image.
 
     Returns:
-        A copy of the brain, with its dtype (an integer one gets rounded, clipped values), and the tumour in it.
+        A copy of the brain with the tumour in it, of its dtype (values for an integer one are rounded, clipped).
 
     Raises:
         InputError: a tumour voxel lies outside the brain.
     """
-    where = tuple(axis + start for axis, start in zip(np.nonzero(mask), offset, strict=True))
-    if any(
-        axis.size and (axis.min() < 0 or axis.max() >= side)
-        for axis, side in zip(where, brain.shape, strict=True)
-    ):
-        raise InputError(
-            f'the ROI at {tuple(offset)} does not lie in a volume of {brain.shape}; is it another brain?'
-        )
+    where = tuple(axis + start for axis, start in zip(np.nonzero(mask), map(int, offset), strict=True))
+    if any(axis.size and (axis.min() < 0 or axis.max() >= side) for axis, side in zip(where, brain.shape, strict=True)):
+        raise InputError(f'the ROI at {tuple(offset)} does not lie in a volume of {brain.shape}; is it another brain?')
     values = raw[mask]
     if background:
         values = values.astype(np.float64) + background
@@ -213,16 +206,16 @@ def read_roi(scan: Scan, data: ml_collections.ConfigDict) -> Roi:
         The ROI.
 
     Raises:
-        PatientError: a file is missing, truncated or no NIfTI; image and mask differ in shape or place; the mask is
-            empty or has a label that is not known; the tumour is larger than the box (unless `data.oversize` is
-            'crop') or of one intensity.
+        PatientError: a file is missing, truncated or no NIfTI; image and mask differ in shape or place; the mask
+            is empty or has a label that is not known; the tumour is larger than the box (unless `data.oversize`
+            is 'crop'); the box has one intensity.
     """
     image, mask_image = _open(scan, scan.image), _open(scan, scan.mask)
     _check_same_grid(scan, image, mask_image)
-    mask = _tumour(scan, mask_image, data)
+    box, tumour = _tumour(scan, mask_image, data)
 
     size = tuple(data.roi_size)
-    sides = tuple(side.stop - side.start for side in mask_box(mask))
+    sides = tuple(side.stop - side.start for side in mask_box(tumour))
     if data.oversize != 'crop' and any(side > target for side, target in zip(sides, size, strict=True)):
         raise PatientError(
             scan.id,
@@ -230,27 +223,29 @@ def read_roi(scan: Scan, data: ml_collections.ConfigDict) -> Roi:
             f'the tumour is {_times(sides)} voxels, larger than data.roi_size {_times(size)} '
             '(depth, height, width); give a larger box, or data.oversize=crop to keep its middle',
         )
-    stored, inside, offset = crop_roi(to_volume(image.stored), mask, size)
-    raw = image.values(stored)
-    finite = np.isfinite(raw)
-    background = _background(image, raw[inside & finite])
+    whole = to_volume(image.stored)
+    stored, inside, offset = crop_roi(whole[box], tumour, size)
+    offset = tuple(start + side.start for start, side in zip(offset, box, strict=True))
+    values = image.values(stored[inside])
+    finite = np.isfinite(values)
+    background = _background(image, values[finite])
     exact = np.can_cast(image.stored.dtype, np.float32) and image.unscaled and not background
-    raw = np.where(inside & finite, raw - background, 0).astype(np.float32 if exact else np.float64)
-    clipped = np.maximum(raw, 0)
-    high = float(clipped.max())
-    if clipped.min() == high:
-        raise PatientError(
-            scan.id, scan.image, f'the ROI is constant: every voxel in its box is {high + background:g}'
-        )
-    tumour_voxels = int(inside.sum())
+    dtype = np.float32 if exact else np.float64
+    values = np.where(finite, values.astype(dtype) - background, 0)  # of the tumour's voxels in the box
+    high = float(values.max(initial=0))
+    if high == 0 or (inside.all() and values.min() == high):
+        value = high + background
+        raise PatientError(scan.id, scan.image, f'the ROI is constant: every voxel in its box is {value:g}')
+    raw = np.zeros(size, dtype)
+    raw[inside] = values
     counts = {
-        'tumour_voxels': tumour_voxels,
-        'nan_voxels': int((inside & ~finite).sum()),
-        'negative_voxels': int((raw < 0).sum()),
-        'zero_voxels': int((inside & finite & (raw == 0)).sum()),
-        'cropped_voxels': int(mask[mask_box(mask)].sum()) - tumour_voxels,
+        'tumour_voxels': values.size,
+        'nan_voxels': int(values.size - finite.sum()),
+        'negative_voxels': int((values < 0).sum()),
+        'zero_voxels': int((values[finite] == 0).sum()),
+        'cropped_voxels': int(tumour.sum()) - values.size,
     }
-    return Roi(raw, inside, offset, mask.shape, image.affine, (0.0, high), background, counts)
+    return Roi(raw, inside, offset, whole.shape, image.affine, (0.0, high), background, counts)
 
 
 def _times(sides: Sequence[int]) -> str:
@@ -287,9 +282,7 @@ def _open(scan: Scan, path: Path) -> _Nifti:
         try:
             content = gzip.decompress(content)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise PatientError(
-                scan.id, path, f'truncated or damaged gzip file ({error}); copy it again'
-            ) from error
+            raise PatientError(scan.id, path, f'truncated or damaged gzip file ({error}); copy it again') from error
     kinds = [kind for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image) if _has_header(kind, content)]
     if not kinds:
         raise PatientError(scan.id, path, 'not a NIfTI file (.nii or .nii.gz)')
@@ -326,7 +319,7 @@ def _check_same_grid(scan: Scan, image: _Nifti, mask: _Nifti) -> None:
             f'the image {_times(image.stored.shape)} ({scan.image.name})',
         )
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(image.stored.shape) - 1)
-    apart = nibabel.affines.apply_affine(image.affine - mask.affine + np.diag([0, 0, 0, 1]), corners)
+    apart = nibabel.affines.apply_affine(image.affine - mask.affine, corners)
     distance = np.linalg.norm(apart, axis=1).max()
     if distance > AFFINE_TOLERANCE * nibabel.affines.voxel_sizes(image.affine).min():
         raise PatientError(
@@ -337,8 +330,8 @@ def _check_same_grid(scan: Scan, image: _Nifti, mask: _Nifti) -> None:
         )
 
 
-def _tumour(scan: Scan, nifti: _Nifti, data: ml_collections.ConfigDict) -> np.ndarray:
-    """Returns the tumour, bool [D, H, W], after a check of every label in the mask."""
+def _tumour(scan: Scan, nifti: _Nifti, data: ml_collections.ConfigDict) -> tuple[tuple[slice, ...], np.ndarray]:
+    """Returns the box (D, H, W) around all labels, and what of it is tumour, bool, after a check of every label."""
     stored = to_volume(nifti.stored)
     labelled = stored != 0 if not nifti.inter else nifti.values(stored) != 0
     if not labelled.any():
@@ -353,9 +346,7 @@ def _tumour(scan: Scan, nifti: _Nifti, data: ml_collections.ConfigDict) -> np.nd
         bad = values[~np.isin(whole, [0, *data.known_labels])]
     if bad.size:
         known = (
-            f'one of data.known_labels={tuple(data.known_labels)}'
-            if data.known_labels
-            else 'a whole number from 0 up'
+            f'one of data.known_labels={tuple(data.known_labels)}' if data.known_labels else 'a whole number from 0 up'
         )
         raise PatientError(scan.id, scan.mask, f'unknown label {bad[0]:g} in the mask; expected {known}')
     chosen = np.isin(np.rint(labels), data.mask_labels) if data.mask_labels else labels > LABEL_TOLERANCE
@@ -366,8 +357,7 @@ def _tumour(scan: Scan, nifti: _Nifti, data: ml_collections.ConfigDict) -> np.nd
             scan.mask,
             f'empty mask: none of data.mask_labels={tuple(data.mask_labels)}; it has {found}',
         )
-    labelled[box] = chosen
-    return labelled
+    return box, chosen
 
 
 def _background(image: _Nifti, tumour: np.ndarray) -> float:
@@ -382,9 +372,7 @@ def _background(image: _Nifti, tumour: np.ndarray) -> float:
     """
     first_last = [np.array([0, side - 1]) for side in image.stored.shape]
     edges = [
-        image.stored[
-            np.ix_(*[np.arange(image.stored.shape[a]) if a == axis else first_last[a] for a in range(3)])
-        ]
+        image.stored[np.ix_(*[np.arange(image.stored.shape[a]) if a == axis else first_last[a] for a in range(3)])]
         for axis in range(3)
     ]
     values = image.values(np.concatenate([edge.ravel() for edge in edges])).astype(np.float64)

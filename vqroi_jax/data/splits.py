@@ -1,7 +1,8 @@
 """Divides the patients of a cohort into training, validation and test, and keeps the result in `splits.json`.
 
-Stands between the cohort check and the prepared dataset. All scans of a patient go to one split, each class is divided by
-itself, and the outcome depends on the seed and the patients' names alone: not on the order of files on the disk.
+Stands between the cohort check and the prepared dataset. All scans of a patient go to one split, each class is
+divided by itself, and the outcome depends on the seed and the patients' names alone: not on the order of files
+on the disk.
 """
 
 import hashlib
@@ -25,17 +26,17 @@ def split_patients(
     """Splits patients, stratified by class.
 
     The patients of a class are put in the order of a hash of seed and name; the first go to test, the next to
-    validation. So a patient more or less moves few others. A share below 1 is rounded to whole patients, at least one. A
-    class of which nothing would be left for training goes to training whole, with a warning. A patient whose
-    scans differ in class (a tumour that progressed) counts to the class of the first scan by id.
+    validation, so that a patient more or less moves few others. A share is rounded to whole patients, at least
+    one. A class of which nothing would be left for training goes there whole, with a warning. A patient whose
+    scans differ in class (a tumour that progressed) counts as of the class of the first scan by id.
 
     Args:
         scans: all scans, in any order.
         classes: the class names; labels of scans must be among them.
-        split: `seed` (int), and `val` and `test`: below 1 a share of each class's patients, from 1 up their number.
+        split: `seed` (int), and `val` and `test`: below 1 a share of each class's patients, from 1 their number.
 
     Returns:
-        {'train', 'val', 'test'} -> sorted scan ids, which together are all scans once; and warnings, a line each.
+        {'train', 'val', 'test'} -> sorted scan ids, together all scans, each once; and warnings, a line each.
 
     Raises:
         InputError: `val` or `test` is negative or from 1 up not whole.
@@ -43,9 +44,7 @@ def split_patients(
     for field in ('val', 'test'):
         amount = split[field]
         if amount < 0 or (amount >= 1 and amount != int(amount)):
-            raise InputError(
-                f'data.split.{field}={amount}: expected a share below 1, or a whole number of patients'
-            )
+            raise InputError(f'data.split.{field}={amount}: expected a share below 1, or a whole number of patients')
     label_of = {}  # of a patient
     for scan in sorted(scans, key=lambda scan: scan.id):
         label_of.setdefault(scan.patient, scan.label)
@@ -61,12 +60,13 @@ def split_patients(
         test, val = (_count(split[field], len(patients)) for field in ('test', 'val'))
         if patients and test + val >= len(patients):
             warnings.append(
-                f'class {label}: {len(patients)} patient{"s" * (len(patients) > 1)} cannot give {val} to validation and '
-                f'{test} to test and leave one to training; all go to training'
+                f'class {label}: {len(patients)} patient{"s" * (len(patients) > 1)} cannot give {val} to validation '
+                f'and {test} to test and leave one to training; all go to training'
             )
             test = val = 0
         for position, patient in enumerate(patients):
             split_of[patient] = 'test' if position < test else 'val' if position < test + val else 'train'
+    assert len({scan.id for scan in scans}) == len(scans), 'a cohort has every id once'
     splits = {name: [] for name in SPLITS}
     for scan in scans:
         splits[split_of[scan.patient]].append(scan.id)
@@ -74,10 +74,12 @@ def split_patients(
 
 
 def _rank(seed: int, patient: str) -> bytes:
+    """A patient's place in the seeded shuffle, whoever else is in the cohort."""
     return hashlib.sha256(f'{seed}/{patient}'.encode()).digest()
 
 
 def _count(amount: float, patients: int) -> int:
+    """Turns a share or a number of patients into a number."""
     if amount >= 1:
         return int(amount)
     return max(1, round(amount * patients)) if amount else 0
@@ -112,8 +114,6 @@ def read_splits(path: Path) -> dict[str, list[str]]:
             raise InputError(f'{path}: {name} is not a list of scan ids; {expected}')
         for scan in splits[name]:
             if scan in seen:
-                raise InputError(
-                    f'{path}: {scan} is in {seen[scan]} and in {name}; a scan belongs to one split'
-                )
+                raise InputError(f'{path}: {scan} is in {seen[scan]} and in {name}; a scan belongs to one split')
             seen[scan] = name
     return {name: splits[name] for name in SPLITS}
