@@ -7,9 +7,11 @@ and evaluations read single fields of a finished run with `read_checkpoint`.
 
 import contextlib
 import functools
+import gc
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -82,13 +84,14 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         unreadable = {}
         for step in reversed(_steps(self._folder)):
-            try:
-                restored, loop = _restore(self._folder / str(step), abstract)
-            except (InputError, jax.errors.JaxRuntimeError):
-                raise
-            except Exception as error:  # Orbax raises whatever the reading of a damaged file happens to raise
-                unreadable[step] = _first_line(error)
-                continue
+            with _first_error_only():
+                try:
+                    restored, loop = _restore(self._folder / str(step), abstract)
+                except (InputError, jax.errors.JaxRuntimeError):
+                    raise
+                except Exception as error:  # Orbax raises whatever the reading of a damaged file happens to raise
+                    unreadable[step] = _first_line(error)
+                    continue
             _set_aside(self._folder, unreadable)
             lines = [
                 f'checkpoint {self._folder / str(bad)} cannot be read ({why}); set aside, going back to step {step}'
@@ -115,7 +118,7 @@ class Checkpoints:
             InputError: the disk has no room for it.
         """
         if is_primary():
-            require_space(self._folder, checkpoint_bytes(state), f'the checkpoint of step {step}')
+            require_space(self._folder.parent, checkpoint_bytes(state), f'the checkpoint of step {step}')
         ranked = {name: value for name, value in metrics.items() if math.isfinite(value)}
         item = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(loop))
         self._manager.save(step, args=item, metrics=ranked)
@@ -177,23 +180,22 @@ def read_checkpoint(
         step = steps[-1] if step == 'latest' else best_step(workdir)
     if step not in steps:
         raise InputError(f'{workdir} has no checkpoint of step {step}; there are {", ".join(map(str, steps))}')
-    folder = Path(workdir).absolute() / FOLDER / str(step) / 'state'
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    checkpoint = Path(workdir).absolute() / FOLDER / str(step)
+    with _first_error_only(), _reader(ocp.PyTreeCheckpointHandler()) as reader:
         try:
-            stored = reader.metadata(folder).item_metadata.tree
+            stored = reader.metadata(checkpoint).item_metadata['state'].tree
             missing = [field for field in fields if field not in stored]
             if missing:
-                raise InputError(f'{folder} has no {missing[0]!r}; there are {", ".join(sorted(stored))}')
+                raise InputError(f'{checkpoint} has no {missing[0]!r}; there are {", ".join(sorted(stored))}')
             wanted = {field: stored[field] for field in fields}
             item = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), wanted)
             as_numpy = jax.tree.map(lambda array: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
-            return step, reader.restore(folder, args=args)
+            return step, reader.restore(checkpoint, args=ocp.args.Composite(state=args)).state
         except InputError:
             raise
         except Exception as error:  # as in Checkpoints.restore
-            why = _first_line(error)
-            raise InputError(f'checkpoint {folder.parent} cannot be read ({why}); take another step') from error
+            raise InputError(f'{checkpoint} cannot be read ({_first_line(error)}); take another step') from error
 
 
 def _steps(folder: Path) -> list[int]:
@@ -201,16 +203,34 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit())
 
 
+def _reader(state: ocp.CheckpointHandler) -> ocp.Checkpointer:
+    """Reads checkpoints, their `state` with the given handler; a context manager."""
+    metrics = ocp.JsonCheckpointHandler('metrics')
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(state=state, loop=ocp.JsonCheckpointHandler(), metrics=metrics)
+    )
+
+
 def _restore(checkpoint: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     """Reads every part of a checkpoint, so that damage in any shows here."""
-    json.loads((checkpoint / 'metrics' / 'metrics').read_text())
-    with (
-        ocp.Checkpointer(ocp.JsonCheckpointHandler()) as loop_reader,
-        ocp.Checkpointer(ocp.StandardCheckpointHandler()) as state_reader,
-    ):
-        loop = loop_reader.restore(checkpoint / 'loop')
-        _compare(checkpoint, state_reader.metadata(checkpoint / 'state').item_metadata.tree, abstract)
-        return state_reader.restore(checkpoint / 'state', args=ocp.args.StandardRestore(abstract)), loop
+    with _reader(ocp.StandardCheckpointHandler()) as reader:
+        _compare(checkpoint, reader.metadata(checkpoint).item_metadata['state'].tree, abstract)
+        parts = {'loop': ocp.args.JsonRestore(), 'metrics': ocp.args.JsonRestore()}
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), **parts)
+        restored = reader.restore(checkpoint, args=args)
+        return restored.state, restored.loop
+
+
+@contextlib.contextmanager
+def _first_error_only() -> Iterator[None]:
+    """Arrays are read side by side; where one cannot be, Python would print pages on each of the others."""
+    hooks = sys.unraisablehook, sys.excepthook
+    sys.unraisablehook = sys.excepthook = lambda *unused: None
+    try:
+        yield
+    finally:
+        gc.collect()  # what was left of the reading reports itself now
+        sys.unraisablehook, sys.excepthook = hooks
 
 
 def _first_line(error: Exception) -> str:
