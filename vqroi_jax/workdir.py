@@ -129,7 +129,7 @@ def _record_config(folder: Path, config: ConfigDict) -> None:
         return
     there, now = _flat(read_config(folder).to_dict()), _flat(_tuples(json.loads(text)))
     differences = [
-        f'{name} {there.get(name, "absent")!r} there, {now.get(name, "absent")!r} now'
+        f'{name} {_shown(there, name)} there, {_shown(now, name)} now'
         for name in sorted(there.keys() | now.keys())
         if name not in there or name not in now or there[name] != now[name]
     ]
@@ -140,6 +140,10 @@ def _record_config(folder: Path, config: ConfigDict) -> None:
             f'{folder} holds a run with another config: {shown}. Give that config to resume it, '
             'or name another --workdir'
         )
+
+
+def _shown(flat: dict[str, Any], name: str) -> str:
+    return repr(flat[name]) if name in flat else 'absent'
 
 
 def _flat(plain: dict[str, Any], prefix: str = '') -> dict[str, Any]:

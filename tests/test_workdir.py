@@ -1,0 +1,180 @@
+"""The workdir: one process at a time, one config for good, room on the disk."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from vqroi_jax import workdir as workdirs
+from vqroi_jax.errors import InputError
+from vqroi_jax.workdir import open_workdir, read_config, require_space, write_atomically
+
+HOLD = """
+import sys, ml_collections
+from vqroi_jax.workdir import open_workdir
+with open_workdir(sys.argv[1], ml_collections.ConfigDict({'task': 'prepare'})):
+    print('held', flush=True)
+    sys.stdin.read()
+"""
+
+
+def make_config(**changes):
+    config = ml_collections.ConfigDict(
+        {'task': 'prepare', 'data': {'roi_size': (32, 32, 32), 'classes': (), 'split': {'val': 0.1}}, 'seed': 0}
+    )
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_makes_the_folder_and_records_the_config(tmp_path):
+    with open_workdir(tmp_path / 'runs' / 'first', make_config()) as folder:
+        assert folder == tmp_path / 'runs' / 'first'
+    text = (folder / 'config.json').read_text()
+    assert json.loads(text) == {
+        'task': 'prepare',
+        'seed': 0,
+        'data': {'roi_size': [32] * 3, 'classes': [], 'split': {'val': 0.1}},
+    }
+    assert text.index('"data"') < text.index('"seed"') < text.index('"task"')  # sorted, a field a line
+    assert '\n  "seed": 0,\n' in text
+
+
+def test_what_is_recorded_is_read_as_it_was_types_included(tmp_path):
+    config = make_config(**{'data.classes': ('LGG', 'HGG')})
+    with open_workdir(tmp_path, config) as folder:
+        assert read_config(folder).to_dict() == config.to_dict()
+        assert isinstance(read_config(folder).data.roi_size, tuple)
+        with pytest.raises(AttributeError):
+            read_config(folder).data.rio_size  # noqa: B018
+
+
+def test_the_same_config_opens_it_again_and_changes_nothing(tmp_path):
+    with open_workdir(tmp_path, make_config()):
+        pass
+    before = (tmp_path / 'config.json').read_bytes()
+    with open_workdir(tmp_path, make_config()):
+        pass
+    assert (tmp_path / 'config.json').read_bytes() == before
+
+
+def test_another_config_is_refused_field_by_field_and_nothing_is_touched(tmp_path):
+    with open_workdir(tmp_path, make_config()):
+        pass
+    before = contents(tmp_path)
+    other = make_config(**{'data.roi_size': (64, 64, 64), 'seed': 1})
+    other.added = 'new'
+    with pytest.raises(InputError) as caught, open_workdir(tmp_path, other):
+        pass
+    message = str(caught.value)
+    assert "added absent there, 'new' now" in message
+    assert 'data.roi_size (32, 32, 32) there, (64, 64, 64) now' in message
+    assert 'seed 0 there, 1 now' in message
+    assert 'task' not in message
+    assert '\n' not in message
+    del before[Path('.lock')]
+    after = contents(tmp_path)
+    del after[Path('.lock')]
+    assert after == before
+
+
+def test_of_many_differences_the_first_are_shown_and_the_rest_counted(tmp_path):
+    with open_workdir(tmp_path, ml_collections.ConfigDict({f'field{number:02d}': 0 for number in range(30)})):
+        pass
+    other = ml_collections.ConfigDict({f'field{number:02d}': 1 for number in range(30)})
+    with pytest.raises(InputError, match='field07 0 there, 1 now; and 22 more'), open_workdir(tmp_path, other):
+        pass
+
+
+def test_whole_and_other_numbers_of_the_same_value_are_the_same(tmp_path):
+    """JSON writes 1.0 as 1.0 and 1 as 1; as settings they do not differ."""
+    with open_workdir(tmp_path, make_config(**{'data.split.val': 1.0})):
+        pass
+    with open_workdir(tmp_path, make_config(**{'data.split.val': 1})):
+        pass
+
+
+def test_a_damaged_config_is_told(tmp_path):
+    (tmp_path / 'config.json').write_text('{"task": "pre')
+    with pytest.raises(InputError, match=r'config\.json is damaged'), open_workdir(tmp_path, make_config()):
+        pass
+
+
+def test_a_folder_without_a_run_has_no_config(tmp_path):
+    with pytest.raises(InputError, match='holds no run'):
+        read_config(tmp_path)
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
+    command = [sys.executable, '-c', HOLD, tmp_path]
+    config = ml_collections.ConfigDict({'task': 'prepare'})
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == 'held\n'
+        message = f'is in use by process {holder.pid} on .*; wait for it to end'
+        with pytest.raises(InputError, match=message), open_workdir(tmp_path, config):
+            pass
+        holder.kill()  # no clean end is needed to free it
+        holder.wait()
+    with open_workdir(tmp_path, config):
+        assert f'process {os.getpid()} on ' in (tmp_path / '.lock').read_text()
+
+
+def test_other_processes_of_the_same_run_neither_lock_nor_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdirs, 'is_primary', lambda: False)
+    with open_workdir(tmp_path, make_config()), open_workdir(tmp_path, make_config()) as folder:
+        assert list(folder.iterdir()) == []
+
+
+def test_a_file_is_no_workdir(tmp_path):
+    (tmp_path / 'file').write_text('')
+    for path in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+        with pytest.raises(InputError, match='cannot be written to'), open_workdir(path, make_config()):
+            pass
+
+
+def test_a_folder_that_may_not_be_written_is_told(tmp_path, monkeypatch):
+    def refuse(*arguments, **unused):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr('builtins.open', refuse)
+    message = r'cannot be written to \(Permission denied\)'
+    with pytest.raises(InputError, match=message), open_workdir(tmp_path, make_config()):
+        pass
+
+
+def test_a_bucket_is_told_to_be_mounted():
+    with pytest.raises(InputError, match='a local or mounted folder'), open_workdir('gs://bucket/run', make_config()):
+        pass
+
+
+def test_errors_inside_are_not_taken_for_the_folders(tmp_path):
+    with pytest.raises(FileNotFoundError), open_workdir(tmp_path, make_config()):
+        raise FileNotFoundError('something of the task')
+
+
+def test_space_is_required_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdirs.shutil, 'disk_usage', lambda folder: types.SimpleNamespace(free=3 * 2**30))
+    require_space(tmp_path, 3 * 2**30, 'the run')
+    with pytest.raises(InputError, match=r'no disk space: the run needs 3\.00 GiB and .* has 3\.00 GiB left'):
+        require_space(tmp_path, 3 * 2**30 + 1, 'the run')
+
+
+def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / 'file.json'
+    write_atomically(path, 'old')
+
+    def die(descriptor):
+        raise OSError('the disk is full')
+
+    monkeypatch.setattr(workdirs.os, 'fsync', die)
+    with pytest.raises(OSError, match='full'):
+        write_atomically(path, 'new')
+    assert path.read_text() == 'old'
