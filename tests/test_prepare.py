@@ -118,6 +118,11 @@ def test_without_a_path_phantoms_are_made_and_called_synthetic(tmp_path, capsys)
     assert set(batch['label']) == {0, 1}
     prepare.prepare(settings(), tmp_path)
     assert 'Using the ROIs of 4 scans' in capsys.readouterr().out
+    # By whatever way they come.
+    assert prepare.prepare(settings(tmp_path / 'phantom'), tmp_path / 'again').report['synthetic']
+    assert 'SYNTHETIC' in capsys.readouterr().out
+    prepare.prepare(settings(tmp_path), tmp_path / 'run')
+    assert 'SYNTHETIC' in capsys.readouterr().out
 
 
 def test_a_real_patient(tmp_path, capsys):
@@ -256,7 +261,7 @@ def test_no_room_on_the_disk_is_said_before_anything_long(good_cohort, tmp_path,
     full = type(shutil.disk_usage('/'))(total=2**40, used=2**40, free=2**20)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: full)
     monkeypatch.setattr(prepare, 'crop_scans', None)
-    monkeypatch.setattr(prepare, 'write_phantom_cohort', None)
+    monkeypatch.setattr(prepare.phantom, 'write_phantom_cohort', None)
     for path in (good_cohort, ''):
         with pytest.raises(InputError, match='no disk space'):
             prepare.prepare(settings(path), tmp_path)
@@ -281,16 +286,16 @@ def test_a_damaged_folder_is_told(good_cohort, tmp_path):
 # Run in a process of its own, which kills itself: as its first crop arrives, or when all is stored but the last file.
 KILLED = """
 import multiprocessing, os, signal, sys
-sys.path.insert(0, {tests!r})
-import test_prepare
-from vqroi_jax import prepare
-from vqroi_jax.data.brats_roi import crops
 
 def die(*_):
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # not in the processes that crop, which import this file
+    sys.path.insert(0, {tests!r})
+    import test_prepare
+    from vqroi_jax import prepare
+    from vqroi_jax.data.brats_roi import crops
     {module}.{function} = die
     prepare.prepare(test_prepare.settings({cohort!r}, workers=2), {out!r})
 """
@@ -302,7 +307,7 @@ def test_a_killed_preparation_is_never_taken_for_whole(good_cohort, tmp_path, ca
     script = tmp_path / 'killed.py'
     names = {'tests': str(Path(__file__).parent), 'cohort': str(good_cohort), 'out': str(out)}
     script.write_text(KILLED.format(module=module, function=function, **names))
-    killed = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    killed = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     workers = [int(pid) for pid in killed.stdout.split()]
     assert bool(workers) == (module == 'crops')

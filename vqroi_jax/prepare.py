@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from vqroi_jax import viz
+from vqroi_jax.data import phantom
 from vqroi_jax.data.brats_roi.brats_roi_dataset_builder import Builder
 from vqroi_jax.data.brats_roi.crops import crop_path, crop_scans, load_crop
 from vqroi_jax.data.cohort import Cohort, Problem, find_cohort
-from vqroi_jax.data.phantom import write_phantom_cohort
 from vqroi_jax.data.pipeline import (
     COHORT_FILE,
     DATASET_FOLDER,
@@ -37,6 +38,7 @@ from vqroi_jax.workdir import open_workdir, require_space, write_atomically
 
 _SCRATCH = '.preparing'
 _PHANTOM_VOXELS = 240 * 240 * 155  # at 1 mm
+_SHOWN = 8  # ROIs of each class in the figure
 _DISK_RESERVE = 2**26  # bytes, for what is small
 _COUNTS = {  # of `Roi.counts`, those that say something is odd
     'negative_voxels': 'below the background, clipped to it',
@@ -73,9 +75,9 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
     if data.path and is_prepared(Path(data.path).expanduser()):
         return _open_as_asked(data)
     settings = _settings(data)
-    synthetic = not data.path
-    if synthetic:
+    if not data.path:
         data = _phantom_data(data, folder)
+    synthetic = (Path(data.path).expanduser() / phantom.SETTINGS_FILE).exists()
     cohort = find_cohort(data)
     key = _key(settings, cohort)
     if is_prepared(folder):
@@ -131,7 +133,7 @@ def _prepare_in(scratch: Path, folder: Path, cohort: Cohort, data: ConfigDict, r
         'problems': [vars(problem) for problem in problems],
         'warnings': warnings,
     }
-    figure = _contact_sheet(cohort.classes, records)
+    figure = _figure(cohort.classes, records, crops)
     (folder / COHORT_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / DATASET_FOLDER, ignore_errors=True)
     (scratch / DATASET_FOLDER).rename(folder / DATASET_FOLDER)
@@ -223,6 +225,7 @@ def _open_as_asked(data: ConfigDict) -> PreparedCohort:
     ]
     print(
         f'Using the ROIs of {len(prepared.scans)} scans prepared in {data.path}'
+        + (' (SYNTHETIC phantoms)' if prepared.report['synthetic'] else '')
         + (f', as they are there: {", ".join(differ)}.' if differ else '.')
     )
     return prepared
@@ -230,14 +233,14 @@ def _open_as_asked(data: ConfigDict) -> PreparedCohort:
 
 def _phantom_data(data: ConfigDict, folder: Path) -> ConfigDict:
     """Writes the phantom cohort and returns settings that point to it."""
-    phantom = folder / 'phantom'
-    print(f'No --config.data.path: using SYNTHETIC phantoms, not patients, in {phantom}.')
-    if not phantom.exists():
+    path = folder / 'phantom'
+    print(f'No --config.data.path: using SYNTHETIC phantoms, not patients, in {path}.')
+    if not path.exists():
         voxels = 2 * data.phantom.patients * _PHANTOM_VOXELS / data.phantom.spacing**3
         require_space(folder, _DISK_RESERVE + int(voxels), 'the phantom cohort')  # less than a byte a voxel, by gzip
-    write_phantom_cohort(phantom, data.phantom, data.workers)
+    phantom.write_phantom_cohort(path, data.phantom, data.workers)
     data = data.copy_and_resolve_references()
-    data.path = str(phantom)
+    data.path = str(path)
     return data
 
 
@@ -279,12 +282,20 @@ def _stop_on(problems: Sequence[Problem], usable: int, on_error: str) -> None:
         raise InputError(f'{len(problems)} of {total} scans cannot be used: {problems[0]}{more}{remedy}')
 
 
-def _contact_sheet(classes: Sequence[str], records: Mapping[str, Sequence[tuple[str, str, str, Path]]]):
-    """A figure of up to eight ROIs of each class, training patients first."""
+def _figure(
+    classes: Sequence[str], records: Mapping[str, Sequence[tuple[str, str, str, Path]]], crops: Mapping
+) -> Figure:
+    """Some ROIs of each class, training patients first, and the tumour volumes of all."""
     shown = []
     for name in classes:
-        of_class = [record for split in records.values() for record in split if record[2] == name]
-        shown += of_class[:8]
-    crops = [load_crop(path) for *_, path in shown]
-    volumes = np.stack([scale(crop['volume'], crop['range']) for crop in crops])
-    return viz.contact_sheet(volumes, [label for _, _, label, _ in shown], [scan for scan, *_ in shown])
+        shown += [record for split in records.values() for record in split if record[2] == name][:_SHOWN]
+    scans = [crops[scan] for scan, *_ in shown]
+    rois = [load_crop(path) for *_, path in shown]
+    spacings = {tuple(scan['spacing']) for scan in scans}
+    return viz.cohort(
+        np.stack([scale(roi['volume'], roi['range']) for roi in rois]),
+        [scan['label'] for scan in scans],
+        [f'{scan["id"]}, {scan["tumour_ml"]:.1f} mL' for scan in scans],
+        {name: [scan['tumour_ml'] for scan in crops.values() if scan['label'] == name] for name in classes},
+        spacing=spacings.pop() if len(spacings) == 1 else None,
+    )
