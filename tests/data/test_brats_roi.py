@@ -2,8 +2,12 @@
 
 import errno
 import itertools
+import multiprocessing
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import ml_collections
@@ -15,6 +19,7 @@ import tensorflow_datasets as tfds
 from vqroi_jax.data.brats_roi import brats_roi_dataset_builder, crops
 from vqroi_jax.data.cohort import Scan
 from vqroi_jax.data.roi import Roi, put_back, to_volume
+from vqroi_jax.errors import InputError
 
 SIZE = (7, 10, 8)
 AFFINE = np.array([[-1.1, 0, 0, 3], [0, -0.9, 0.1, 239], [0, 0, 1.3, 0], [0, 0, 0, 1]])
@@ -131,6 +136,24 @@ def test_processes_crop_as_one_does_and_report_every_fault(tmp_path):
     assert list(found) == ['p0', 'p3']
     for crop, other in zip(loaded, other_loaded, strict=True):
         np.testing.assert_equal(crop, other)
+
+
+def test_a_process_that_is_killed_is_told(tmp_path):
+    os.mkfifo(tmp_path / 'never.nii')  # nobody writes to it, so who reads it waits
+    never = [Scan(name, name, 'LGG', tmp_path / 'never.nii', tmp_path / 'never.nii') for name in 'ab']
+
+    def kill_one():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        children[0].kill()
+
+    data = DATA.copy_and_resolve_references()
+    data.workers = 2
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(InputError, match='killed, most likely for want of memory'):
+        crops.crop_scans(never, data, tmp_path / 'crops')
+    killer.join()
 
 
 def test_a_scan_is_described_in_physical_units(tmp_path):
