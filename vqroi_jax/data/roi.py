@@ -165,8 +165,9 @@ def put_back(
 ) -> np.ndarray:
     """Writes the voxels of an ROI into a brain: the inverse of cropping.
 
-    With `Roi.raw` it is exact but for NaN and infinite voxels, which come back as background; with
-    `unscale(volume, range)` it is right up to rounding, and voxels below the background come back as background.
+    With `Roi.raw` it is exact, but for NaN and infinite voxels, which come back as background, and the last bit of
+    float64 images whose background was not 0. With `unscale(volume, range)` it is right up to rounding, and voxels
+    below the background come back as background.
 
     Args:
         brain: [D, H, W], any real dtype; unchanged.
@@ -290,7 +291,8 @@ def _open(scan: Scan, path: Path) -> _Nifti:
         image = kinds[0].from_bytes(content)
         stored = image.dataobj.get_unscaled()
     except (OSError, ValueError, nibabel.spatialimages.HeaderDataError) as error:
-        raise PatientError(scan.id, path, f'truncated or damaged NIfTI file ({error})') from error
+        reason = ' '.join(str(error).split())  # nibabel's may have several lines
+        raise PatientError(scan.id, path, f'truncated or damaged NIfTI file ({reason})') from error
     shape = stored.shape
     if len(shape) < 3 or any(side != 1 for side in shape[3:]) or not stored.size:
         raise PatientError(scan.id, path, f'a volume of three axes is needed, this has shape {shape}')

@@ -43,7 +43,7 @@ def split_patients(
     """
     for field in ('val', 'test'):
         amount = split[field]
-        if amount < 0 or (amount >= 1 and amount != int(amount)):
+        if not (0 <= amount < 1 or (amount >= 1 and float(amount).is_integer())):
             raise InputError(f'data.split.{field}={amount}: expected a share below 1, or a whole number of patients')
     label_of = {}  # of a patient
     for scan in sorted(scans, key=lambda scan: scan.id):
