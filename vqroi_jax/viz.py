@@ -150,7 +150,7 @@ def reconstructions(
         if row == 0:
             cell.scale_bar(panels[0])
     for x, image, name in ((lefts[2], shades, 'difference'), (lefts[3], glow, 'importance score')):
-        page.colour_bar(x, page.height - 0.8, cell.width, image, name)
+        page.colour_bar(x + 0.2, page.height - 0.8, cell.width - 0.4, image, name)
     page.text(left, page.height - 0.3, _VIEW, _SMALL, _FAINT)
     return page.figure
 
@@ -316,6 +316,7 @@ def _style(axes: Axes) -> None:
     axes.grid(color='#3a3a3a', linewidth=0.5)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.ticklabel_format(axis='y', scilimits=(-3, 5), useOffset=False)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ('left', 'bottom'))
         spine.set_color(_FAINT)

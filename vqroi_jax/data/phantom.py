@@ -63,7 +63,7 @@ class _Tumour:
     axes: np.ndarray  # [3,3] directions of its own axes
     irregular: float  # unevenness of the solid part's border
     oedema: float  # how far oedema reaches beyond the solid part
-    rim: float  # thickness of the bright rim around a necrotic core; as large as the radius for no core
+    rim: float  # thickness of the bright rim around a necrotic core; above the radius for no core
     cyst: float  # radius of a dark cyst in a tumour without necrosis; 0 for none
     solid_signal: float
     core_signal: float
@@ -79,22 +79,22 @@ class _Tumour:
 def _draw_tumour(rng: np.random.Generator, label: str) -> _Tumour:
     """Draws a tumour of class `label`; every range overlaps with that of the other class."""
     # How malignant it looks, 0 to 1: shifts all ranges, and overlaps between the classes.
-    look = float(np.clip(rng.normal(0.73 if label == 'HGG' else 0.27, 0.13), 0, 1))
+    look = float(np.clip(rng.normal(0.76 if label == 'HGG' else 0.24, 0.095), 0, 1))
 
     def between(low: float, high: float) -> float:
-        return low + (high - low) * float(np.clip(look + rng.normal(0, 0.2), 0, 1))
+        return low + (high - low) * float(np.clip(look + rng.normal(0, 0.15), 0, 1))
 
-    radius = float(np.clip(between(17, 21) * math.exp(rng.normal(0, 0.2)), 9, 30))
+    radius = float(np.clip(between(17, 19) * math.exp(rng.normal(0, 0.2)), 9, 30))
     ratios = np.exp(rng.normal(0, 0.15, 3))
-    necrotic = rng.random() < 1 / (1 + math.exp(-16 * (look - 0.48)))
-    cystic = rng.random() < 0.2 and not necrotic
+    necrotic = rng.random() < 1 / (1 + math.exp(-20 * (look - 0.5)))
+    cystic = rng.random() < 0.1 and not necrotic
     return _Tumour(
         radius=radius,
         ratios=ratios / ratios.prod() ** (1 / 3),
         axes=np.linalg.qr(rng.standard_normal((3, 3)))[0],
         irregular=between(0.8, 3.5),
-        oedema=between(1.5, 15.0),
-        rim=between(8.0, 4.5) if necrotic else radius,
+        oedema=between(1.5, 12.0),
+        rim=between(8.0, 4.5) if necrotic else 4 * radius,
         cyst=radius * rng.uniform(0.3, 0.5) if cystic else 0.0,
         solid_signal=rng.uniform(1.55, 1.9) + 0.2 * necrotic,
         core_signal=rng.uniform(0.45, 0.9),
@@ -120,7 +120,7 @@ def _depths(
     border, texture = tumour.border.at(axes), tumour.texture.at(axes)
     solid = tumour.radius - distance + tumour.irregular * border
     spread = tumour.oedema * (1 + 0.55 * tumour.spread.at(axes)) + 0.8 * tumour.irregular * texture
-    oedema = np.minimum(solid + np.maximum(spread, 1), 1.2 * (clear - 2))  # it keeps to the white matter
+    oedema = np.minimum(solid + np.maximum(spread, 1), 1.2 * (clear - 2))  # it keeps to white matter
 
     # Neither leaves the brain, enters a ventricle, crosses the midline or outgrows the ROI.
     at = brain.sample(axes, 'surface', 'ventricles', 'midline')
@@ -156,9 +156,12 @@ def _add_tumour(
     signal += (wet - signal) * ramp(oedema - 0.5, soft + 2)
     signal += (inside - signal) * ramp(solid, soft + 1)
     mask = np.zeros(signal.shape, np.uint8)
-    mask[oedema > 0] = 2
-    mask[solid > 0] = 4
-    mask[(core > 0) & (solid > 0)] = 1
+    whole, parts = ndimage.label((oedema > 0) | (solid > 0))
+    if parts > 1:
+        whole = whole == 1 + np.argmax(np.bincount(whole.ravel())[1:])  # a rater leaves the specks out
+    mask[whole > 0] = 2
+    mask[(whole > 0) & (solid > 0)] = 4
+    mask[(whole > 0) & (core > 0) & (solid > 0)] = 1
     return mask
 
 
@@ -198,6 +201,7 @@ def make_phantom(label: str, seed: int | Sequence[int], spacing: float) -> tuple
     signal, clear, inside = healthy(brain, axes, spacing)
     box, box_axes = _cut(axes, brain.centre - _REACH, brain.centre + _REACH)
     mask = np.zeros(shape, np.uint8)
+    clear += spacing - 1  # coarse voxels span the narrow sulci
     tumour_mask = _add_tumour(tumour, brain, box_axes, signal[box], clear[box], edge_width(spacing))
     inside[box] |= tumour_mask > 0
     mask[region][box] = tumour_mask
@@ -223,6 +227,8 @@ def _write_patient(task: tuple[str, str, tuple[int, int], float]) -> None:
     path.mkdir(parents=True)
     for voxels, suffix in ((image, 'flair'), (mask, 'seg')):
         nifti = nib.Nifti1Image(voxels, affine)
+        nifti.set_sform(affine, code='scanner')
+        nifti.set_qform(affine, code='scanner')
         nifti.header.set_xyzt_units('mm')
         nifti.header['descrip'] = DESCRIPTION.encode()
         nifti.to_filename(path / f'{path.name}_{suffix}.nii.gz')  # nibabel packs at level 1

@@ -20,6 +20,7 @@ HEAD = (240, 240, 155)  # mm: the size of a BraTS volume
 CENTRE = np.array([118.0, 131.0, 76.0], np.float32)  # mm: middle of the brain in the head
 CSF, WHITE, GREY = 0.2, 1.0, 1.2  # FLAIR signal, relative to white matter
 
+_SPLINE_SD = np.float32(0.332)  # of a cubic B-spline in 3D whose knots are white noise of sd 1
 _STEP = 3.5  # mm between points of the coarse grid
 _REACH = ((38, 200), (32, 234), (-6, 162))  # mm: what the coarse grid covers
 _SLAB = 8  # planes that are worked on at a time, to stay in the processor's cache
@@ -73,7 +74,7 @@ def _spline(places: np.ndarray) -> _Spline:
 def noise(rng: np.random.Generator, step: float) -> SmoothField:
     """A random field over the head of zero mean, unit variance and a grain of about `step` mm."""
     knots = rng.standard_normal([math.ceil(side / step) + 4 for side in HEAD], np.float32)
-    return SmoothField(knots / np.float32(0.332), [-2 * step] * 3, step)  # 0.332: a spline's sd for white knots
+    return SmoothField(knots / _SPLINE_SD, [-2 * step] * 3, step)
 
 
 def ramp(distance: np.ndarray, width: float) -> np.ndarray:
@@ -147,23 +148,23 @@ def _sulci(p: np.ndarray, rng: np.random.Generator, grain: float) -> np.ndarray:
     shell = offset * (0.25 + 0.75 * 50 / (np.sqrt((offset**2).sum(0)) + 1))
     knots = rng.standard_normal((40, 40, 40), np.float32)
     places = shell / grain + 20 + 4.4 * np.sign(p[0])  # the two halves differ
-    waves = ndimage.map_coordinates(knots, places, order=3, prefilter=False)
+    waves = ndimage.map_coordinates(knots, places, order=2, prefilter=False)
     slope = np.sqrt(sum(g**2 for g in np.gradient(waves, _STEP)))
     return waves / np.maximum(slope, 0.3 * slope.mean())
 
 
-def _distances(p: np.ndarray, moved: np.ndarray, wide: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Distances (mm) that make the anatomy.
+def _interior(moved: np.ndarray, wide: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Distances (mm) that make the anatomy under the brain's surface.
 
     Args:
-        p: points [3,a,b,c] around the brain's middle.
-        moved: where the tissue found there would be without the tumour's push.
+        moved: points [3,a,b,c] around the brain's middle, before the tumour pushed them to where they are.
         wide: how wide the ventricles are, 1 for average.
         rng: draws what differs between brains.
 
     Returns:
-        Arrays [a,b,c]; all negative inside what they are named for but the signed ones: `midline`, `sylvian`,
-        `tentorium` and `sulcus` are zero on a sheet of CSF. `folia` is a phase in mm.
+        Arrays [a,b,c]. `bridge` (no sulci there), `ventricles` and `nuclei` are negative inside; `midline`,
+        `sylvian`, `tentorium` (negative in the cerebellum), `sulcus` and `dimple` (a shallow sulcus) are zero on
+        a sheet of CSF; `texture` is noise and `folia` the phase (mm) of the cerebellum's leaves.
     """
     inner = _parts(moved)
     m = np.stack([np.abs(moved[0]), moved[1], moved[2]])
@@ -171,14 +172,13 @@ def _distances(p: np.ndarray, moved: np.ndarray, wide: float, rng: np.random.Gen
     nuclei = [((11, 10, 1), (8, 14, 8)), ((26, -6, -1), (6, 18, 11)), ((13, -20, 8), (5, 10, 9))]
     bridge = [((0, -2, 8), (30, 42, 15)), ((0, 8, -16), (30, 26, 24))]
     return {
-        'surface': _union(*_parts(p).values(), softness=1.5),
         'midline': moved[0] + sway * np.sin(moved[1] / 30),
         'bridge': np.minimum.reduce([inner['stem'], *[_ellipsoid(m, *shape) for shape in bridge]]),
         'sylvian': inner['temporal'] - inner['cerebrum'],
         'tentorium': inner['cerebellum'] - np.minimum(inner['cerebrum'], inner['temporal']),
         'sulcus': _sulci(moved, rng, 8.0),
         'dimple': _sulci(moved, rng, 6.0),
-        'texture': rng.standard_normal(p.shape[1:], np.float32) / np.float32(0.332),
+        'texture': rng.standard_normal(moved.shape[1:], np.float32) / _SPLINE_SD,
         'ventricles': _ventricles(moved, wide),
         'nuclei': np.minimum.reduce([_ellipsoid(m, *shape) for shape in nuclei]),
         'folia': np.sqrt((moved[1] - 26) ** 2 + 2.2 * (moved[2] + 34) ** 2),
@@ -187,10 +187,10 @@ def _distances(p: np.ndarray, moved: np.ndarray, wide: float, rng: np.random.Gen
 
 @dataclasses.dataclass(frozen=True)
 class Brain:
-    """One brain: see `_distances` for the fields; `centre` is where its tumour sits, mm in the head."""
+    """One brain, drawn but not yet sampled at voxels."""
 
-    fields: dict[str, SmoothField]
-    centre: np.ndarray
+    fields: dict[str, SmoothField]  # `surface` (mm, negative inside) and those of `_interior`
+    centre: np.ndarray  # [3] mm: where its tumour sits
     open_sulci: float  # mm, half the width of a sulcus at the surface
     bias: SmoothField
     low: np.ndarray  # [3] mm: corners of a box around the brain
@@ -209,11 +209,10 @@ def draw_brain(rng: np.random.Generator, radius: float, push: float) -> Brain:
     centred = [(k - c) / s for k, c, s in zip(knots, CENTRE, scale, strict=True)]
     p = np.stack(np.meshgrid(*centred, indexing='ij'))
 
-    parts = _parts(p)
-    room = -np.minimum(parts['cerebrum'], parts['temporal'])
+    parts, wide = _parts(p), rng.uniform(0.8, 1.5)
+    room = np.minimum(-np.minimum(parts['cerebrum'], parts['temporal']), np.abs(p[0]))
+    np.minimum(room, _ventricles(p, wide) + 0.4 * radius, out=room)
     room[(parts['cerebellum'] < 8) | (parts['stem'] < 8)] = 0
-    wide = rng.uniform(0.8, 1.5)
-    np.minimum(room, np.minimum(np.abs(p[0]), _ventricles(p, wide) + 0.4 * radius), out=room)
     fitting = np.argwhere(room > min(0.75 * radius, 0.9 * room.max()))
     centre = p[:, *fitting[rng.integers(len(fitting))]]
 
@@ -221,11 +220,11 @@ def draw_brain(rng: np.random.Generator, radius: float, push: float) -> Brain:
     length = np.sqrt((offset**2).sum(0)) + 1e-3
     pushed = push / length * np.exp(-((length / (2.2 * radius)) ** 2))
     moved = p - offset * np.minimum(pushed, 0.95)  # 0.95: all of the middle was next to the centre before
-    distances = _distances(p, moved, wide, rng)
-    distances['surface'] += noise(rng, 9.0).at(knots)
-    held = np.argwhere(distances['surface'] < 2)
+    surface = _union(*parts.values(), softness=1.5) + noise(rng, 9.0).at(knots)
+    fields = {'surface': surface, **_interior(moved, wide, rng)}
+    held = np.argwhere(surface < 2)
     return Brain(
-        fields={name: SmoothField(d.astype(np.float32), origin, _STEP) for name, d in distances.items()},
+        fields={name: SmoothField(d.astype(np.float32), origin, _STEP) for name, d in fields.items()},
         centre=centre * scale + CENTRE,
         open_sulci=rng.uniform(0.9, 1.6),
         bias=noise(rng, 70.0),

@@ -1,0 +1,226 @@
+"""Figures: orientation, contents, layout that keeps text apart, and atomic writing."""
+
+from pathlib import Path
+
+import matplotlib.image
+import nibabel
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from vqroi_jax import viz
+
+REAL = Path(__file__).parents[2] / 'shared/real_cohort/LGG/TCGA-DU-7294/TCGA-DU-7294_flair.nii.gz'
+
+
+def rois(n, shape=(8, 10, 12), seed=0):
+    """Random tumours of bright voxels off the middle of the box."""
+    volumes = np.full((n, *shape), -1.0, np.float32)
+    volumes[:, 1:5, 2:7, 3:10] = np.random.default_rng(seed).uniform(-0.5, 1, (n, 4, 5, 7))
+    return volumes
+
+
+def images(figure):
+    return [image for axes in figure.axes for image in axes.get_images()]
+
+
+def overlapping_texts(figure):
+    """Pairs of texts whose boxes overlap, and texts that leave the figure."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in texts]
+    page = figure.bbox
+    bad = [name for name, box in boxes if box.x0 < page.x0 or box.x1 > page.x1 or box.y0 < page.y0 or box.y1 > page.y1]
+    pairs = [(a, b) for i, (a, one) in enumerate(boxes) for b, two in boxes[:i] if one.overlaps(two)]
+    return bad + pairs
+
+
+# --------------------------------------------------------------------------------------------- orientation
+
+
+def test_slices_show_the_front_and_the_top_up():
+    volume = np.zeros((6, 7, 8))  # depth: up, height: to the left, width: to the back
+    volume[5, 0, 0] = 1  # top, patient's right, front
+    axial, coronal, sagittal = viz.slices(volume, (5, 0, 0))
+    for part, shape in zip((axial, coronal, sagittal), ((8, 7), (6, 7), (6, 8)), strict=True):
+        assert part.shape == shape
+        assert part[0, 0] == 1  # first row and column: upper left of a picture
+
+
+def test_real_brain_is_upright():
+    """In a real head the brain reaches lower at the back (cerebellum), and is widest behind the middle."""
+    if not REAL.exists():
+        pytest.skip(f'{REAL} is not there')
+    brain = (np.asarray(nibabel.load(REAL).dataobj) > 20).transpose(2, 0, 1)
+    _, height, width = np.nonzero(brain)
+    axial, coronal, sagittal = viz.slices(brain, (75, int(np.median(height)) + 10, int(np.median(width))))
+    rows = np.flatnonzero(sagittal.any(1))
+    front, back = np.array_split(np.flatnonzero(sagittal.any(0)), 2)
+    lowest = [np.flatnonzero(sagittal[:, side].any(1)).max() for side in (front, back)]
+    assert lowest[1] > lowest[0] + 10  # rows count downwards: the cerebellum is on the right, below
+    assert np.ptp(rows) > 100
+    spans = [np.ptp(np.flatnonzero(row)) if row.any() else 0 for row in axial]
+    inside = np.flatnonzero(spans)
+    assert np.argmax(spans) > inside.mean()  # widest below the picture's middle, so the front is up
+    middle = np.flatnonzero(coronal.any(0)).mean()
+    top, bottom = np.flatnonzero(coronal[:, round(middle) - 12 : round(middle) + 12].any(1))[[0, -1]]
+    whole = np.flatnonzero(coronal.any(1))
+    assert top - whole[0] < 15  # the vertex is at the top ...
+    assert whole[-1] - bottom < 60
+
+
+def test_middle_is_the_centre_of_mass_of_the_tumour():
+    assert viz.middle(rois(1)[0]) == (2, 4, 6)
+    volume = np.full((5, 6, 7), -1.0)
+    assert viz.middle(volume) in ((2, 2, 3), (2, 3, 3))
+    volume[4, 5, 0] = 0.3
+    assert viz.middle(volume) == (4, 5, 0)
+
+
+# ------------------------------------------------------------------------------------------------ contents
+
+
+def test_contact_sheet_shows_every_roi_under_its_class():
+    volumes = rois(5)
+    figure = viz.contact_sheet(volumes, ['HGG', 'LGG', 'HGG', 'HGG', 'LGG'], [f'id{i}' for i in range(5)])
+    titles = [text.get_text() for text in figure.texts]
+    assert [t for t in titles if t in ('HGG', 'LGG') or t.startswith('id')] == [
+        'HGG',
+        'id0',
+        'id2',
+        'id3',
+        'LGG',
+        'id1',
+        'id4',
+    ]
+    shown = images(figure)
+    assert len(shown) == 15
+    for order, index in enumerate((0, 2, 3, 1, 4)):
+        expected = viz.slices(volumes[index], (2, 4, 6))
+        for image, part in zip(shown[3 * order : 3 * order + 3], expected, strict=True):
+            np.testing.assert_array_equal(image.get_array(), part)
+            assert image.get_clim() == (-1, 1)
+            assert image.get_cmap().name == 'gray'
+
+
+def test_pictures_have_the_proportions_of_the_voxels():
+    figure = viz.contact_sheet(rois(1), ['a'], ['b'], spacing=(5.0, 1.0, 2.0))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    sizes = [image.get_window_extent().bounds[2:] for image in images(figure)]
+    for (width, height), (across, down) in zip(sizes, ((10, 24), (10, 40), (24, 40)), strict=True):  # mm
+        assert width / height == pytest.approx(across / down, rel=0.02)
+
+
+def test_scale_bar_has_its_length():
+    figure = viz.contact_sheet(rois(1, (20, 20, 20)), ['a'], ['b'], spacing=(4.0, 4.0, 4.0))
+    (axes,) = figure.axes
+    (bar,) = axes.get_lines()
+    (label,) = (text.get_text() for text in axes.texts)
+    image = axes.get_images()[0]
+    mm_per_inch = 80 / (image.get_extent()[1] - image.get_extent()[0])
+    assert np.ptp(bar.get_xdata()) * mm_per_inch == pytest.approx(float(label.split()[0]))
+    assert not viz.contact_sheet(rois(1), ['a'], ['b']).axes[0].get_lines()  # not without known voxels
+
+
+def test_reconstructions_show_original_reconstruction_difference_and_importance():
+    originals, recons = rois(2), rois(2, seed=1)
+    scores = np.random.default_rng(2).uniform(0.2, 0.8, (2, 4, 5, 6)).astype(np.float32)
+    figure = viz.reconstructions(originals, recons, scores, ['LGG', 'HGG'], ['a', 'b'])
+    shown = images(figure)
+    assert len(shown) == 2 * (4 * 3 + 3)
+    for row in range(2):
+        first, *others = np.array_split(np.arange(15 * row, 15 * row + 15), 5)
+        for number, expected in zip((first, *others[:2]), (originals, recons, recons - originals), strict=True):
+            for index, part in zip(number, viz.slices(expected[row], (2, 4, 6)), strict=True):
+                np.testing.assert_allclose(shown[index].get_array(), part)
+        limit = np.abs(recons - originals).max()
+        assert shown[others[1][0]].get_clim() == (-limit, limit)
+        overlay = shown[others[3][0]]
+        assert overlay.get_alpha() < 1
+        assert overlay.get_clim() == (scores.min(), scores.max())
+    texts = ' '.join(text.get_text() for text in figure.findobj(Text))
+    assert all(
+        word in texts for word in ('original', 'reconstruction', 'difference', 'importance score', 'LGG  a', 'HGG  b')
+    )
+    psnr = 10 * np.log10(4 / np.mean((recons[1] - originals[1]) ** 2))
+    assert f'{psnr:.1f} dB' in texts
+
+
+def test_importance_is_interpolated_to_the_voxels():
+    """A score is exact at the middle of its region, and linear between: here 4 voxels a region along depth."""
+    scores = np.array([0.1, 0.5, 0.7], np.float32).reshape(3, 1, 1)
+    voxels = viz._to_voxels(scores, (12, 4, 4))
+    assert voxels.shape == (12, 4, 4)
+    expected = np.interp(np.arange(12), [1.5, 5.5, 9.5], [0.1, 0.5, 0.7])
+    np.testing.assert_allclose(voxels, np.broadcast_to(expected[:, None, None], (12, 4, 4)), atol=1e-6)
+
+
+def test_flat_inputs_are_drawn():
+    flat = np.full((1, 8, 8, 8), -1, np.float32)
+    figure = viz.reconstructions(flat, flat, np.full((1, 2, 2, 2), 0.5), ['LGG'], ['a'])
+    FigureCanvasAgg(figure).draw()
+
+
+def test_cohort_counts_every_patient():
+    volumes = {'LGG': [3.0, 5.0, 80.0], 'HGG': list(np.linspace(10, 200, 40)), 'none': []}
+    figure = viz.cohort(rois(2), ['LGG', 'HGG'], ['a', 'b'], volumes)
+    histogram = next(axes for axes in figure.axes if axes.get_xlabel() == 'tumour volume [mL]')
+    labels = [text.get_text() for text in histogram.get_legend().get_texts()]
+    assert labels == ['LGG: 3, median 5 mL', 'HGG: 40, median 105 mL', 'none: 0']
+
+
+def test_curves_pair_training_with_validation():
+    rows = [
+        {'step': 1, 'l1': 0.5, 'loss': 2.0},
+        {'step': 2, 'l1': 0.4, 'loss': None, 'val/l1': 0.6, 'val/l1/HGG': 0.7},
+    ]
+    figure = viz.curves(rows)
+    l1, loss = figure.axes
+    assert [axes.get_title(loc='left') for axes in (l1, loss)] == ['l1', 'loss']
+    lines = {line.get_label(): line.get_xydata().tolist() for line in l1.get_lines()}
+    assert lines == {'train': [[1, 0.5], [2, 0.4]], 'val': [[2, 0.6]], 'val HGG': [[2, 0.7]]}
+    assert loss.get_lines()[0].get_xydata().tolist() == [[1, 2.0]]
+    assert len(viz.curves(rows, ['l1']).axes) == 1
+    assert not viz.curves([]).axes
+
+
+def test_inputs_of_unequal_number_are_refused():
+    with pytest.raises(ValueError, match='zip'):
+        viz.contact_sheet(rois(2), ['a'], ['b', 'c'])
+    with pytest.raises(ValueError, match='zip'):
+        viz.reconstructions(rois(2), rois(2), np.ones((2, 2, 2, 2)), ['a'], ['b', 'c'])
+
+
+# -------------------------------------------------------------------------------------------------- layout
+
+
+@pytest.mark.parametrize('n', [2, 20])
+def test_texts_do_not_overlap(n):
+    volumes, labels = rois(n, (16, 16, 16)), ['LGG', 'HGG'] * (n // 2)
+    names = [f'phantom_HGG_{i:04d}' for i in range(n)]
+    scores = np.random.default_rng(0).uniform(size=(n, 4, 4, 4))
+    assert not overlapping_texts(viz.cohort(volumes, labels, names, {'LGG': [3.0], 'HGG': [20.0]}, (4.0, 4.0, 4.0)))
+    assert not overlapping_texts(viz.reconstructions(volumes, -volumes, scores, labels, names, (4.0, 4.0, 4.0)))
+
+
+def test_saving_is_whole_or_not_at_all(tmp_path):
+    figure = viz.contact_sheet(rois(1), ['a'], ['b'])
+    viz.save_figure(figure, tmp_path / 'new' / 'a.png')
+    written = matplotlib.image.imread(tmp_path / 'new' / 'a.png')
+    assert written.shape[:2] == tuple(int(side) for side in figure.bbox.bounds[:1:-1])
+    assert written[0, 0, :3].max() < 0.2  # dark, as the figure
+
+    class Broken(Figure):
+        def savefig(self, file, **unused):
+            file.write(b'half')
+            raise OSError('disk full')
+
+    before = (tmp_path / 'new' / 'a.png').read_bytes()
+    with pytest.raises(OSError, match='disk full'):
+        viz.save_figure(Broken(), tmp_path / 'new' / 'a.png')
+    assert (tmp_path / 'new' / 'a.png').read_bytes() == before
+    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['a.png']
