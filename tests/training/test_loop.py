@@ -87,6 +87,12 @@ def test_evaluates_on_time_and_before_each_checkpoint_and_at_the_end(tmp_path):
     assert [row['step'] for row in rows(tmp_path) if 'val/loss' in row] == [12, 20, 24, 36, 40, 48, 50]
 
 
+def test_the_last_evaluation_can_be_asked_for(whole_run, tmp_path):
+    evaluations = [row for row in rows(whole_run.folder) if 'val/loss' in row]
+    assert loop.last_evaluation(whole_run.folder) == {'val/loss': evaluations[-1]['val/loss']}
+    assert loop.last_evaluation(tmp_path) == {}
+
+
 def test_reports_speed_and_memory(whole_run):
     for row in read_metrics(whole_run.folder / 'metrics.jsonl'):
         if 'train/loss' in row:
@@ -129,6 +135,13 @@ def test_keeps_the_last_checkpoints_and_the_best(tmp_path):
     training = training_config(eval_every='10 steps', checkpoint_every='10 steps')
     loop.train(task, training, tmp_path)
     assert saved_steps(tmp_path) == [20, 40, 50]
+
+
+def test_progress_does_not_show_the_evaluation_of_parts(tmp_path, capsys):
+    task = make_task(evaluate=lambda state: {'val/loss': 0.5, 'val/loss/HGG': 0.25})
+    loop.train(task, training_config(), tmp_path)
+    assert 'step 50  val/loss 0.5  (evaluated' in capsys.readouterr().out
+    assert loop.last_evaluation(tmp_path)['val/loss/HGG'] == 0.25
 
 
 def test_prints_one_line_an_interval(whole_run):

@@ -82,6 +82,9 @@ def loss_of(params, batch):
     return jnp.mean((prediction - batch['label']) ** 2)
 
 
+evaluate = jax.jit(loss_of)
+
+
 def step(state, batch):
     """Gradient descent with momentum; nothing but the step moves where the loss is not finite."""
     loss, gradient = jax.value_and_grad(loss_of)(state.params, batch)
@@ -95,9 +98,12 @@ def step(state, batch):
     return ToyState(state.step + 1, params, momentum), metrics
 
 
+halve = jax.jit(lambda params: jax.tree.map(lambda p: p / 2, params))
+
+
 def before_step(done, state):
     """Something that happens once, outside of the step."""
-    return state.replace(params=jax.tree.map(lambda p: p / 2, state.params)) if done == 12 else state
+    return state.replace(params=halve(state.params)) if done == 12 else state
 
 
 def make_task(source=None, **changes):
@@ -108,6 +114,10 @@ def make_task(source=None, **changes):
     params = {'weights': jnp.zeros(8), 'bias': jnp.zeros(())}
     state = jax.device_put(ToyState(jnp.int32(0), params, jax.tree.map(jnp.zeros_like, params)), whole)
     all_patients = {'volume': source.volumes, 'label': source.labels}
+    processes = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+
+    def put_batch(batch):
+        return {key: jax.make_array_from_process_local_data(rows, batch[key]) for key in ('volume', 'label')}
 
     def figures(state):
         drawing = Figure(figsize=(1, 1))
@@ -117,9 +127,9 @@ def make_task(source=None, **changes):
     defaults = {
         'state': state,
         'train_step': jax.jit(step, donate_argnums=0),
-        'batches': Batches(source, BATCH, seed=0, prefetch=1),
-        'put_batch': lambda batch: jax.device_put({key: batch[key] for key in ('volume', 'label')}, rows),
-        'evaluate': lambda state: {'val/loss': float(loss_of(state.params, all_patients))},
+        'batches': Batches(source, BATCH, seed=0, prefetch=1, **processes),
+        'put_batch': put_batch,
+        'evaluate': lambda state: {'val/loss': float(evaluate(state.params, all_patients))},
         'figures': figures,
         'before_step': before_step,
         'headline': ('loss',),

@@ -26,7 +26,13 @@ from ml_collections import ConfigDict
 from vqroi_jax.errors import InputError, Stopped
 from vqroi_jax.training.checkpoints import Checkpoints, checkpoint_bytes, saved_steps
 from vqroi_jax.training.durations import to_steps
-from vqroi_jax.training.metric_writers import MetricWriter, Progress, format_metrics
+from vqroi_jax.training.metric_writers import (
+    METRICS_FILE,
+    MetricWriter,
+    Progress,
+    format_metrics,
+    read_metrics,
+)
 from vqroi_jax.workdir import is_primary, require_space
 
 State = Any
@@ -46,7 +52,8 @@ class TrainingTask:
             `set_state()` in terms of JSON), `steps_per_epoch`, and `ids(index)` (names of the samples that are in
             `batch['index']`).
         put_batch: from this process's batch to the global batch on the devices.
-        evaluate: from a state to metrics on held-out data, named like 'val/l1'.
+        evaluate: from a state to metrics on held-out data, named like 'val/l1', or like 'val/l1/HGG' where they are
+            of a part and progress should not show them.
         figures: from a state to figures by name.
         before_step: from (updates done, state) to state: what happens at fixed steps outside of the jitted step. It
             must depend on nothing else, so that a resumed run does the same.
@@ -142,6 +149,12 @@ def train(task: TrainingTask, training: ConfigDict, workdir: Path) -> State:
                 progress.message(f'warning: {problem}')
             tools = (schedule, checkpoints, writer, progress, iterator)
             return _Loop(task, training, workdir, *tools, tally, task.state, step).run(requested)
+
+
+def last_evaluation(workdir: Path) -> Metrics:
+    """What `evaluate` last returned in a run; empty if it never did. A number that was not finite is None."""
+    rows = [row for row in read_metrics(workdir / METRICS_FILE) if not any(name.startswith('train/') for name in row)]
+    return {name: value for name, value in rows[-1].items() if name != 'step'} if rows else {}
 
 
 @dataclasses.dataclass
@@ -348,7 +361,8 @@ class _Loop:
         scores = {name: float(value) for name, value in self.task.evaluate(self.state).items()}
         seconds = time.perf_counter() - begin
         self.writer.scalars(self.step, scores)
-        self.progress.message(f'step {self.step}  {format_metrics(scores)}  (evaluated in {seconds:.1f} s)')
+        shown = format_metrics({name: value for name, value in scores.items() if name.count('/') < 2})
+        self.progress.message(f'step {self.step}  {shown}  (evaluated in {seconds:.1f} s)')
         if self.training.keep_best and self.training.best_metric not in scores:
             raise InputError(
                 f'training.best_metric: {self.training.best_metric!r} is not evaluated; there are {", ".join(scores)}'
