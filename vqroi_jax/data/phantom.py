@@ -86,7 +86,7 @@ def _draw_tumour(rng: np.random.Generator, label: str) -> _Tumour:
 
     radius = float(np.clip(between(17, 19) * math.exp(rng.normal(0, 0.2)), 9, 30))
     ratios = np.exp(rng.normal(0, 0.15, 3))
-    necrotic = rng.random() < 1 / (1 + math.exp(-20 * (look - 0.5)))
+    necrotic = rng.random() < 1 / (1 + math.exp(-15 * (look - 0.5)))
     cystic = rng.random() < 0.1 and not necrotic
     return _Tumour(
         radius=radius,
@@ -95,7 +95,7 @@ def _draw_tumour(rng: np.random.Generator, label: str) -> _Tumour:
         irregular=between(0.8, 3.5),
         oedema=between(1.5, 12.0),
         rim=between(8.0, 4.5) if necrotic else 4 * radius,
-        cyst=radius * rng.uniform(0.3, 0.5) if cystic else 0.0,
+        cyst=radius * rng.uniform(0.25, 0.45) if cystic else 0.0,
         solid_signal=rng.uniform(1.55, 1.9) + 0.2 * necrotic,
         core_signal=rng.uniform(0.45, 0.9),
         oedema_signal=rng.uniform(1.45, 1.8),
@@ -114,9 +114,8 @@ def _depths(
     """How deep (mm, negative outside) voxels lie in the tumour's solid part, its dark core and its oedema."""
     offsets = np.meshgrid(*[a - c for a, c in zip(axes, brain.centre, strict=True)], indexing='ij', sparse=True)
     rows = (tumour.axes / tumour.ratios[:, None]).astype(np.float32)
-    distance = np.sqrt(
-        sum(sum(r * x.astype(np.float32) for r, x in zip(row, offsets, strict=True)) ** 2 for row in rows)
-    )
+    own = [sum(r * x.astype(np.float32) for r, x in zip(row, offsets, strict=True)) for row in rows]
+    distance = np.sqrt(sum(x**2 for x in own))
     border, texture = tumour.border.at(axes), tumour.texture.at(axes)
     solid = tumour.radius - distance + tumour.irregular * border
     spread = tumour.oedema * (1 + 0.55 * tumour.spread.at(axes)) + 0.8 * tumour.irregular * texture
@@ -131,7 +130,8 @@ def _depths(
         np.minimum(oedema, limit, out=oedema)
     core = solid - np.maximum(tumour.rim * (1 + 0.4 * tumour.rim_width.at(axes)), 1.5)
     if tumour.cyst:
-        core = np.maximum(core, tumour.cyst - distance + border)
+        off_centre = np.sqrt((own[0] - 0.4 * tumour.radius) ** 2 + own[1] ** 2 + own[2] ** 2)
+        core = np.maximum(core, tumour.cyst - off_centre + border)
     return solid, core, oedema
 
 
@@ -255,8 +255,8 @@ def _is_written(folder: Path, settings: dict) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = json.loads((folder / SETTINGS_FILE).read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        found = dict(json.loads((folder / SETTINGS_FILE).read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError):
         raise InputError(
             f'{folder} is not empty and not a phantom cohort (no readable {SETTINGS_FILE}); '
             'move it away or choose another folder'
@@ -309,8 +309,7 @@ def _write_all(folder: Path, settings: dict, workers: int) -> None:
         (str(folder / label / name), label, (settings['seed'], number), settings['spacing'])
         for label, name, number in names
     ]
-    progress = tqdm(total=len(tasks), desc='Drawing phantoms', unit='patient')
-    with progress:
+    with tqdm(total=len(tasks), desc='drawing phantoms', unit='patient', disable=None) as progress:
         if workers == 1:
             for task in tasks:
                 _write_patient(task)
@@ -318,7 +317,7 @@ def _write_all(folder: Path, settings: dict, workers: int) -> None:
         else:  # spawned, not forked: the parent may hold the threads of JAX
             context = multiprocessing.get_context('spawn')
             with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
-                for _ in pool.map(_write_patient, tasks, chunksize=1):
+                for _ in pool.map(_write_patient, tasks):
                     progress.update()
     with open(folder / 'name_mapping.csv', 'w', newline='', encoding='utf-8') as file:
         rows = csv.writer(file)
