@@ -118,6 +118,7 @@ def test_speed_leaves_out_compilation_evaluation_figures_and_checkpoints(tmp_pat
     task.put_batch = slow(task.put_batch, lambda batch: 100 if now[0] < 1001 else 1)
     task.figures = slow(task.figures, lambda state: 1000)
     task.evaluate = slow(task.evaluate, lambda state: 1000)
+    task.before_step = slow(task.before_step, lambda done, state: 1000 if done == 12 else 0)
     loop.train(task, training_config(log_every='7 steps', eval_every='5 steps'), tmp_path)
     logged = [row for row in read_metrics(tmp_path / 'metrics.jsonl') if 'train/loss' in row]
     assert [row['perf/steps_per_second'] for row in logged] == [pytest.approx(1.0)] * 8

@@ -189,7 +189,7 @@ class _Tally:
 
 
 class _Clock:
-    """Time spent on training steps alone: evaluation, figures and checkpoints stop it."""
+    """Time spent on training steps alone: what is outside of them (evaluation, figures, checkpoints) stops it."""
 
     def __init__(self):
         self._since = time.perf_counter()
@@ -282,7 +282,8 @@ class _Loop:
     def _dispatch(self) -> _InFlight:
         """Starts the next step on the devices, without waiting for it."""
         if self.task.before_step:
-            self.state = self.task.before_step(self.step, self.state)
+            with self.clock.paused():
+                self.state = self.task.before_step(self.step, self.state)
         batch = next(self.iterator)
         global_batch = self.task.put_batch(batch)
         self.batch_size = jax.tree.leaves(global_batch)[0].shape[0]
