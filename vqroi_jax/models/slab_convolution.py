@@ -5,34 +5,23 @@ volume is walked through depth slice by depth slice, each slice in slabs of a fe
 laid side by side (im2col within the slice: what is copied stays in the cache) and multiplied with all k depth
 slices of the kernel at once. Product a belongs to output slice `d + padding - a`, so k partial sums travel along
 with the walk and one of them is complete after each slice. Nothing the size of the volume is allocated but the
-result. Where all windows of a volume fit into `_WHOLE_BYTES`, one product does it all.
+result.
 
 The batch stays an axis of every array on the way, so that a volume sharded along it stays sharded.
 `convolution` calls this module, and owns strides, other platforms and differentiation.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 _SLAB_WINDOWS = 2048  # windows in a slab: their copies fit into the second-level cache at 32 channels
-_WHOLE_BYTES = 2**25  # windows of a whole volume that are made at once
 
 
 def convolve(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
     """Convolves with stride 1; arguments and result as `convolution.conv3d`."""
     k, features = kernel.shape[0], kernel.shape[-1]
-    sides = _output_sides(x, k, padding)
-    if _fits_whole(x, k, sides):
-        product = lax.dot_general(
-            _windows(_pad(x, (padding,) * 3), k, sides),
-            kernel.reshape(-1, features),
-            (((4,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        return product.astype(x.dtype)
+    sides = tuple(side + 2 * padding - k + 1 for side in x.shape[1:4])
     weights = jnp.moveaxis(kernel, 0, 3).reshape(-1, k * features)
     slabs, rows = _slabs(x.shape[0], *sides[1:])
 
@@ -40,7 +29,7 @@ def convolve(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
         plane = _plane(x, d, padding, slabs * rows - sides[1])
 
         def one_slab(slab: jax.Array, sums: jax.Array) -> jax.Array:
-            windows = _windows(_rows(plane, slab * rows, rows + k - 1), k, (rows, sides[2]))
+            windows = _windows(_rows(plane, slab * rows, rows + k - 1), k, rows, sides[2])
             product = lax.dot_general(windows, weights, (((3,), (0,)), ((), ())), preferred_element_type=jnp.float32)
             earlier = _rows(sums, slab * rows, rows)[..., :-features]
             product += jnp.pad(earlier, ((0, 0), (0, 0), (0, 0), (features, 0)))
@@ -77,14 +66,6 @@ def kernel_gradient(x: jax.Array, gradient: jax.Array, k: int, padding: int) -> 
     """
     channels, features = x.shape[-1], gradient.shape[-1]
     sides = gradient.shape[1:4]
-    if _fits_whole(x, k, sides):
-        product = lax.dot_general(
-            _windows(_pad(x, (padding,) * 3), k, sides),
-            gradient,
-            (((0, 1, 2, 3),) * 2, ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        return product.reshape(k, k, k, channels, features).astype(x.dtype)
     slabs, rows = _slabs(x.shape[0], *sides[1:])
 
     def gradient_plane(d: jax.Array) -> jax.Array:
@@ -97,7 +78,7 @@ def kernel_gradient(x: jax.Array, gradient: jax.Array, k: int, padding: int) -> 
         gradients = jnp.pad(gradients, ((0, 0), (0, slabs * rows - sides[1]), (0, 0), (0, 0)))
 
         def one_slab(slab: jax.Array, total: jax.Array) -> jax.Array:
-            windows = _windows(_rows(plane, slab * rows, rows + k - 1), k, (rows, sides[2]))
+            windows = _windows(_rows(plane, slab * rows, rows + k - 1), k, rows, sides[2])
             return total + lax.dot_general(
                 windows,
                 _rows(gradients, slab * rows, rows),
@@ -112,22 +93,10 @@ def kernel_gradient(x: jax.Array, gradient: jax.Array, k: int, padding: int) -> 
     return jnp.moveaxis(total.reshape(k, k, channels, k, features), 3, 0).astype(x.dtype)
 
 
-def _output_sides(x: jax.Array, k: int, padding: int) -> tuple[int, int, int]:
-    return tuple(side + 2 * padding - k + 1 for side in x.shape[1:4])
-
-
-def _fits_whole(x: jax.Array, k: int, sides: tuple[int, ...]) -> bool:
-    return x.shape[0] * math.prod(sides) * k**3 * x.shape[-1] * x.dtype.itemsize <= _WHOLE_BYTES
-
-
 def _slabs(batch: int, height: int, width: int) -> tuple[int, int]:
     """Splits `height` rows into slabs; returns how many there are and the rows of each."""
     rows = -(-height // max(1, round(batch * height * width / _SLAB_WINDOWS)))
     return -(-height // rows), rows
-
-
-def _pad(x: jax.Array, padding: tuple[int, ...]) -> jax.Array:
-    return jnp.pad(x, ((0, 0), *((side, side) for side in padding), (0, 0)))
 
 
 def _plane(x: jax.Array, d: jax.Array, padding: int, extra_rows: int) -> jax.Array:
@@ -140,9 +109,7 @@ def _rows(plane: jax.Array, start: jax.Array, rows: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(plane, start, rows, 1)
 
 
-def _windows(x: jax.Array, k: int, sides: tuple[int, ...]) -> jax.Array:
-    """Lays the windows of side k that start at each point of a grid of these sides along the channels."""
-    windows = [x]
-    for axis, side in enumerate(sides, 1):
-        windows = [lax.slice_in_dim(part, i, i + side, axis=axis) for part in windows for i in range(k)]
-    return jnp.concatenate(windows, -1)
+def _windows(rows: jax.Array, k: int, height: int, width: int) -> jax.Array:
+    """Lays the k x k windows that start at each point of a height x width grid along the channels."""
+    starts = [(row, column) for row in range(k) for column in range(k)]
+    return jnp.concatenate([rows[:, i : i + height, j : j + width] for i, j in starts], -1)
