@@ -365,6 +365,16 @@ def bad_dtype_code(scan, *_):
     return scan
 
 
+def huge_dimensions(scan, *_):
+    patch_header(scan.image, 40, struct.pack('<4h', 3, 32767, 32767, 32767))  # 70 terabytes
+    return scan
+
+
+def infinite_offset(scan, *_):
+    patch_header(scan.image, 108, struct.pack('<f', -np.inf))
+    return scan
+
+
 def affine_with_nan(scan, *_):
     patch_header(scan.image, 280, struct.pack('<f', np.nan))
     return scan
@@ -421,6 +431,8 @@ FAULTS = [
     (no_nifti, 'image', 'not a NIfTI'),
     (empty_file, 'image', 'not a NIfTI'),
     (bad_dtype_code, 'image', 'truncated or damaged NIfTI'),
+    (huge_dimensions, 'image', r'truncated or damaged NIfTI file \(\d+ bytes expected, \d+ there'),
+    (infinite_offset, 'image', 'truncated or damaged NIfTI'),
     (affine_with_nan, 'image', 'not finite'),
     (rewrite(image=lambda brain: brain + 1j * brain.astype(np.complex64)), 'image', 'real numbers'),
     (rewrite(image=lambda brain: np.stack([brain] * 2, axis=-1)), 'image', 'three axes'),

@@ -8,6 +8,7 @@ tumour's box and the volume's edges are looked at.
 
 import dataclasses
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -289,8 +290,11 @@ def _open(scan: Scan, path: Path) -> _Nifti:
         raise PatientError(scan.id, path, 'not a NIfTI file (.nii or .nii.gz)')
     try:
         image = kinds[0].from_bytes(content)
+        needed = int(image.dataobj.offset) + math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
+        if needed > len(content):  # before nibabel sets so much memory apart
+            raise ValueError(f'{needed} bytes expected, {len(content)} there')
         stored = image.dataobj.get_unscaled()
-    except (OSError, ValueError, nibabel.spatialimages.HeaderDataError) as error:
+    except (OSError, ValueError, OverflowError, nibabel.spatialimages.HeaderDataError) as error:
         reason = ' '.join(str(error).split())  # nibabel's may have several lines
         raise PatientError(scan.id, path, f'truncated or damaged NIfTI file ({reason})') from error
     shape = stored.shape
