@@ -167,6 +167,7 @@ def test_what_is_no_patient_is_no_matter(data, root):
     add_patient(root / '__MACOSX' / 'HGG' / 'A')
     add_patient(root / '.hidden' / 'HGG' / 'A')
     (root / 'README.md').touch()
+    (root / 'empty').mkdir()
     (root / 'HGG' / 'figures').mkdir()
     (root / 'HGG' / 'figures' / 'a.png').touch()
     cohort = find_cohort(data)

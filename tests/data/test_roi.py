@@ -256,8 +256,9 @@ def test_noise_around_the_head_is_no_background_and_a_trace_of_one_is_0(brain, m
     rng = np.random.default_rng(2)
     noisy = np.where(brain, brain, rng.integers(1, 200, brain.shape)).astype(np.int16)
     assert read_roi(write_scan(noisy, mask), data).background == 0
-    trace = np.where(brain, brain, 0.01 * rng.random(brain.shape)).astype(np.float32)  # of interpolation
-    assert read_roi(write_scan(trace, mask), data).background == 0
+    for trace in (0.01, -0.01 * rng.random(brain.shape)):  # as interpolation leaves it
+        image = np.where(brain, brain, trace).astype(np.float32)
+        assert read_roi(write_scan(image, mask), data).background == 0
     around_nan = np.where(brain, brain, np.nan).astype(np.float32)
     assert read_roi(write_scan(around_nan, mask), data).background == 0
 
@@ -370,6 +371,11 @@ def huge_dimensions(scan, *_):
     return scan
 
 
+def no_slices(scan, *_):
+    patch_header(scan.image, 46, struct.pack('<h', 0))
+    return scan
+
+
 def infinite_offset(scan, *_):
     patch_header(scan.image, 108, struct.pack('<f', -np.inf))
     return scan
@@ -432,6 +438,7 @@ FAULTS = [
     (empty_file, 'image', 'not a NIfTI'),
     (bad_dtype_code, 'image', 'truncated or damaged NIfTI'),
     (huge_dimensions, 'image', r'truncated or damaged NIfTI file \(\d+ bytes expected, \d+ there'),
+    (no_slices, 'image', r'three axes is needed, this has shape \(20, 24, 0\)'),
     (infinite_offset, 'image', 'truncated or damaged NIfTI'),
     (affine_with_nan, 'image', 'not finite'),
     (rewrite(image=lambda brain: brain + 1j * brain.astype(np.complex64)), 'image', 'real numbers'),
