@@ -79,14 +79,14 @@ class _Tumour:
 def _draw_tumour(rng: np.random.Generator, label: str) -> _Tumour:
     """Draws a tumour of class `label`; every range overlaps with that of the other class."""
     # How malignant it looks, 0 to 1: shifts all ranges, and overlaps between the classes.
-    look = float(np.clip(rng.normal(0.76 if label == 'HGG' else 0.24, 0.095), 0, 1))
+    look = float(np.clip(rng.normal(0.76 if label == 'HGG' else 0.24, 0.09), 0, 1))
 
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(np.clip(look + rng.normal(0, 0.15), 0, 1))
 
     radius = float(np.clip(between(17, 19) * math.exp(rng.normal(0, 0.2)), 9, 30))
     ratios = np.exp(rng.normal(0, 0.15, 3))
-    necrotic = rng.random() < 1 / (1 + math.exp(-15 * (look - 0.5)))
+    necrotic = rng.random() < 1 / (1 + math.exp(-20 * (look - 0.5)))
     cystic = rng.random() < 0.1 and not necrotic
     return _Tumour(
         radius=radius,
