@@ -171,7 +171,7 @@ def _refuse_twins(scans: Sequence[Scan], results: list[dict | Problem]) -> tuple
             problems.append(result)
         elif result['sha256'] in seen:
             twin = seen[result['sha256']]
-            message = f'has the same tumour, voxel for voxel, as {twin}: one patient under two names?'
+            message = f'has the same tumour, voxel for voxel, as {twin}, so it is that patient under another name'
             problems.append(Problem(scan.id, str(scan.image), message))
         else:
             seen[result['sha256']] = scan.id
