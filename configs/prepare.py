@@ -2,7 +2,7 @@
 
     python -m vqroi_jax.main --config=configs/prepare.py --config.data.path=BRATS --workdir=runs/cohort
 
-Takes about a second a patient and core, most of it gzip. The workdir can then be given to any training
+Takes about a tenth of a second a patient, most of it gzip. The workdir can then be given to any training
 config as `--config.data.path`; a training config given a raw cohort folder prepares it by itself.
 
 Variants: `paper` (default, 128³ ROIs), `demo` and `smoke` (small phantom cohorts).

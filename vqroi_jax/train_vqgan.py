@@ -22,7 +22,7 @@ from vqroi_jax.metrics.ssim import ssim
 from vqroi_jax.models import quantizer
 from vqroi_jax.prepare import prepare
 from vqroi_jax.training import loop, partitioning, vqgan
-from vqroi_jax.training.durations import to_steps
+from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
 from vqroi_jax.workdir import is_primary, open_workdir
 
 COLLAPSED = 0.02  # share of the codes: a perplexity below it is a codebook that has collapsed
@@ -34,15 +34,12 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
         train(config, folder)
 
 
-def train(config: ConfigDict, folder: Path) -> dict[str, float]:
+def train(config: ConfigDict, folder: Path) -> None:
     """Trains, or goes on training, in an opened workdir.
 
     Args:
         config: as `configs/vqgan.py` has it.
         folder: the run's; the prepared cohort goes to its subfolder `cohort`, unless `data.path` is one.
-
-    Returns:
-        The last validation's figures; empty without held-out patients.
 
     Raises:
         InputError: a setting or the cohort cannot be used; before anything is compiled.
@@ -88,9 +85,11 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
         figures=make_figures(recipe, cohort, 'val' if len(held_out) else 'train', mesh),
         before_step=before_step,
         warn=lambda metrics: _codebook_warnings(metrics, config.codebook.codes),
+        headline=('loss', 'l1', 'perplexity'),
     )
     loop.train(task, config.training, folder)
-    return loop.last_evaluation(folder)
+    if is_primary():
+        viz.save_figure(viz.curves(read_metrics(folder / METRICS_FILE)), folder / 'figures' / 'curves.png')
 
 
 def open_cohort(config: ConfigDict, folder: Path) -> pipeline.PreparedCohort:

@@ -34,7 +34,8 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
     """Makes the folder, locks it for this process, and records the config or compares it with the recorded.
 
     The lock is the operating system's, so it is gone when the process is, however it ends. Of several
-    processes of one run, only the primary one locks and writes.
+    processes of one run, only the primary one locks and writes. A run that ends with an `InputError` before it has
+    written anything leaves no config behind.
 
     Args:
         workdir: the run's folder, on a local or mounted file system.
@@ -61,7 +62,11 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
     with lock:
         _lock(lock, folder)
         _record_config(folder, config)
-        yield folder
+        try:
+            yield folder
+        except InputError:
+            _forget_config_of_nothing(folder)
+            raise
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
@@ -144,6 +149,13 @@ def _record_config(folder: Path, config: ConfigDict) -> None:
 
 def _shown(flat: dict[str, Any], name: str) -> str:
     return repr(flat[name]) if name in flat else 'absent'
+
+
+def _forget_config_of_nothing(folder: Path) -> None:
+    """Removes the config of a run that ended before it left anything, so that a mended one may begin in its place."""
+    own = {folder / CONFIG_FILE, folder / LOCK_FILE}
+    if not any(path.is_file() and path not in own for path in folder.rglob('*')):
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
 
 
 def _flat(plain: dict[str, Any], prefix: str = '') -> dict[str, Any]:
