@@ -297,7 +297,7 @@ def _open(scan: Scan, path: Path) -> _Nifti:
     except (OSError, ValueError, OverflowError, nibabel.spatialimages.HeaderDataError) as error:
         reason = ' '.join(str(error).split())  # nibabel's may have several lines
         raise PatientError(scan.id, path, f'truncated or damaged NIfTI file ({reason})') from error
-    shape = stored.shape
+    shape = image.shape
     if len(shape) < 3 or any(side != 1 for side in shape[3:]) or not stored.size:
         raise PatientError(scan.id, path, f'a volume of three axes is needed, this has shape {shape}')
     if stored.dtype.kind not in 'iuf':
