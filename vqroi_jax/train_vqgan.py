@@ -5,6 +5,7 @@ cohort -> prepared ROIs -> batches -> [the loop: step, validation, figures, chec
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vqroi_jax import viz
 from vqroi_jax.data import pipeline
-from vqroi_jax.metrics import reconstruction
+from vqroi_jax.metrics import reconstruction as metrics
 from vqroi_jax.metrics.ssim import ssim
 from vqroi_jax.models import quantizer
 from vqroi_jax.prepare import prepare
@@ -49,8 +50,7 @@ def train(config: ConfigDict, folder: Path) -> None:
     partitioning.check_batch('batch_size', config.batch_size, config.micro_batches, mesh)
     partitioning.check_batch('eval_batch_size', config.eval_batch_size, 1, mesh)
     cohort = open_cohort(config, folder / 'cohort')
-    here = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-    batches = pipeline.Batches(cohort.split('train'), config.batch_size, config.seed, **here)
+    batches = pipeline.Batches(cohort.split('train'), config.batch_size, config.seed, **_here())
     recipe = vqgan.make_recipe(config, len(cohort.classes), batches.steps_per_epoch)
     state = vqgan.create_state(recipe, mesh)
     if is_primary():
@@ -76,13 +76,14 @@ def train(config: ConfigDict, folder: Path) -> None:
         first = [put_batch(batches.batch_at(step + n)) for n in range(config.codebook.init_batches)]
         return vqgan.initialise_codebook(recipe, state, first, mesh)
 
+    look = make_look(recipe, mesh)
     task = loop.TrainingTask(
         state=state,
         train_step=vqgan.make_train_step(recipe, mesh),
         batches=batches,
         put_batch=put_batch,
-        evaluate=make_evaluation(recipe, cohort, mesh) if len(held_out) else None,
-        figures=make_figures(recipe, cohort, 'val' if len(held_out) else 'train', mesh),
+        evaluate=make_evaluation(recipe, look, cohort, mesh) if len(held_out) else None,
+        figures=make_figures(recipe, look, cohort, 'val' if len(held_out) else 'train', mesh),
         before_step=before_step,
         warn=lambda metrics: _codebook_warnings(metrics, config.codebook.codes),
         headline=('loss', 'l1', 'perplexity'),
@@ -104,84 +105,107 @@ def open_cohort(config: ConfigDict, folder: Path) -> pipeline.PreparedCohort:
     return cohort
 
 
+class Seen(NamedTuple):
+    """What a trained stage 1 makes of a batch of volumes."""
+
+    reconstruction: jax.Array  # float32 [B, D, H, W, 1]
+    tokens: jax.Array  # int32 [B, d, h, w]
+    scores: jax.Array  # float32 [B, d, h, w]
+    logits: jax.Array  # float32 [B, classes]
+
+
+def make_look(recipe: vqgan.Recipe, mesh: Mesh) -> Callable[[dict, jax.Array], Seen]:
+    """The jitted forward pass that validation and figures share: (variables, global volumes) to `Seen`, by rows."""
+
+    def look(variables: dict, volume: jax.Array) -> Seen:
+        trunk = recipe.model.apply(variables, volume, jnp.asarray(True), method='trunk')
+        reconstruction = recipe.model.apply(variables, trunk.features, method='head')
+        return Seen(reconstruction, trunk.tokens, trunk.scores, trunk.logits)
+
+    return jax.jit(look, out_shardings=partitioning.batch_sharding(mesh))
+
+
 def make_evaluation(
-    recipe: vqgan.Recipe, cohort: pipeline.PreparedCohort, mesh: Mesh, split: str = 'val'
+    recipe: vqgan.Recipe, look: Callable[[dict, jax.Array], Seen], cohort: pipeline.PreparedCohort, mesh: Mesh
 ) -> Callable[[vqgan.VQGANState], dict[str, float]]:
-    """A function that measures reconstructions of a whole split.
+    """A function that measures the reconstructions of all held-out patients.
 
     The figures are means over patients, in all and by class (`val/psnr/HGG`): `l1`, `psnr` over the whole ROI (peak 2),
     `psnr_box` over the tumour's box, `ssim`, and the auxiliary classifier's `accuracy`; and over all tokens
     `perplexity` and `live_codes` (share of the codes that occur).
     """
-    source, classes = cohort.split(split), len(cohort.classes)
+    source, classes = cohort.split('val'), len(cohort.classes)
 
-    def sums(variables, batch):
-        volume, weight = batch['volume'], batch['weight']
-        trunk = recipe.model.apply(variables, volume, jnp.asarray(True), method='trunk')
-        fake = recipe.model.apply(variables, trunk.features, method='head')
+    def sums(seen: Seen, batch: dict) -> tuple[dict, jax.Array, jax.Array]:
+        volume, fake, weight = batch['volume'], seen.reconstruction, batch['weight']
         of_sample = {
-            'l1': reconstruction.l1(fake, volume),
-            'psnr': reconstruction.psnr(fake, volume, jnp.ones_like(volume, bool)),
-            'psnr_box': reconstruction.psnr(fake, volume, reconstruction.tumour_box(volume)),
+            'l1': metrics.l1(fake, volume),
+            'psnr': metrics.psnr(fake, volume, jnp.ones_like(volume, bool)),
+            'psnr_box': metrics.psnr(fake, volume, metrics.tumour_box(volume)),
             'ssim': ssim(fake, volume),
-            'accuracy': (jnp.argmax(trunk.logits, -1) == batch['label']).astype(jnp.float32),
+            'accuracy': (jnp.argmax(seen.logits, -1) == batch['label']).astype(jnp.float32),
         }
         member = jax.nn.one_hot(batch['label'], classes) * weight[:, None]  # [B, classes]
-        tokens = jax.nn.one_hot(trunk.tokens, recipe.model.codes) * weight[:, None, None, None, None]
+        tokens = jax.nn.one_hot(seen.tokens, recipe.model.codes) * weight[:, None, None, None, None]
         by_class = {name: jnp.einsum('b,bc->c', values, member) for name, values in of_sample.items()}
         return by_class, member.sum(axis=0), tokens.sum(axis=(0, 1, 2, 3))
 
     sums = jax.jit(sums, out_shardings=partitioning.replicated(mesh))
 
     def evaluate(state: vqgan.VQGANState) -> dict[str, float]:
-        variables, total = vqgan.evaluation_variables(state), None
-        for batch in pipeline.eval_batches(
-            source,
-            recipe.settings.eval_batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ):
-            part = jax.device_get(sums(variables, partitioning.put_batch(batch, mesh)))
-            total = part if total is None else jax.tree.map(np.add, total, part)
-        by_class, patients, tokens = total
-        figures = {f'{split}/{name}': float(values.sum() / patients.sum()) for name, values in by_class.items()}
-        for number, label in enumerate(cohort.classes):
-            if patients[number]:
-                figures |= {
-                    f'{split}/{name}/{label}': float(values[number] / patients[number])
-                    for name, values in by_class.items()
-                }
-        figures[f'{split}/perplexity'] = float(quantizer.perplexity(tokens))
-        figures[f'{split}/live_codes'] = float(np.mean(tokens > 0))
+        variables, parts = vqgan.evaluation_variables(state), []
+        for batch in pipeline.eval_batches(source, recipe.settings.eval_batch_size, **_here()):
+            batch = partitioning.put_batch(batch, mesh)
+            parts.append(jax.device_get(sums(look(variables, batch['volume']), batch)))
+        by_class, patients, tokens = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
+        figures = {f'val/{name}': float(values.sum() / patients.sum()) for name, values in by_class.items()}
+        for number in np.flatnonzero(patients):
+            label, count = cohort.classes[number], patients[number]
+            figures |= {f'val/{name}/{label}': float(values[number] / count) for name, values in by_class.items()}
+        figures['val/perplexity'] = float(quantizer.perplexity(tokens))
+        figures['val/live_codes'] = float(np.mean(tokens > 0))
         return figures
 
     return evaluate
 
 
 def make_figures(
-    recipe: vqgan.Recipe, cohort: pipeline.PreparedCohort, split: str, mesh: Mesh
+    recipe: vqgan.Recipe,
+    look: Callable[[dict, jax.Array], Seen],
+    cohort: pipeline.PreparedCohort,
+    split: str,
+    mesh: Mesh,
 ) -> Callable[[vqgan.VQGANState], dict[str, Figure]]:
     """A function that draws the reconstructions of the first few ROIs of a split, evenly from its classes."""
-    source = cohort.split(split)
-    order = np.argsort([np.sum(source.labels[:i] == label) for i, label in enumerate(source.labels)], kind='stable')
-    shown = np.sort(order[: recipe.settings.figure_rois])
+    source, rows = cohort.split(split), recipe.settings.eval_batch_size
+    turns = [np.sum(source.labels[:i] == label) for i, label in enumerate(source.labels)]  # of each within its class
+    shown = np.sort(np.argsort(turns, kind='stable')[: recipe.settings.figure_rois])
     volumes = np.stack([source.volume(i) for i in shown])
     labels = [cohort.classes[source.labels[i]] for i in shown]
     ids = [source.ids[i] for i in shown]
-
-    def look(variables, volume):
-        trunk = recipe.model.apply(variables, volume, jnp.asarray(True), method='trunk')
-        return recipe.model.apply(variables, trunk.features, method='head'), trunk.scores
-
-    look = jax.jit(look, out_shardings=partitioning.replicated(mesh))
+    spacings = {tuple(cohort.scans[scan]['spacing']) for scan in ids}
+    spacing = spacings.pop() if len(spacings) == 1 else None
+    first = list(range(0, len(shown), rows))
+    padded = np.pad(volumes, [(0, len(first) * rows - len(shown)), *[(0, 0)] * 4], mode='edge')
+    mine = pipeline.process_rows(rows, **_here())
+    batches = [partitioning.put_batch({'volume': padded[i : i + rows][mine]}, mesh)['volume'] for i in first]
 
     def figures(state: vqgan.VQGANState) -> dict[str, Figure]:
-        # One ROI at a time: as many as are shown need not divide by the devices.
-        pairs = [jax.device_get(look(vqgan.evaluation_variables(state), volume[None])) for volume in volumes]
-        fakes, scores = (np.concatenate(part) for part in zip(*pairs, strict=True))
-        return {'reconstructions': viz.reconstructions(volumes[..., 0], fakes[..., 0], scores, labels, ids)}
+        seen = [look(vqgan.evaluation_variables(state), volume) for volume in batches]
+        if jax.process_count() > 1:
+            seen = [multihost_utils.process_allgather(one, tiled=True) for one in seen]
+        fakes, scores = (
+            np.concatenate([np.asarray(getattr(one, name)) for one in seen])[: len(shown)]
+            for name in ('reconstruction', 'scores')
+        )
+        return {'reconstructions': viz.reconstructions(volumes[..., 0], fakes[..., 0], scores, labels, ids, spacing)}
 
     return figures
+
+
+def _here() -> dict[str, int]:
+    """Which of the run's processes this is."""
+    return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
 
 
 def _codebook_warnings(metrics: dict[str, float], codes: int) -> list[str]:

@@ -160,7 +160,7 @@ class Batches:
         process_count: int = 1,
         prefetch: int = 4,
     ):
-        rows = _rows(batch_size, process_index, process_count)
+        rows = process_rows(batch_size, process_index, process_count)
         if not len(source):
             raise InputError(f'the {source.name} split has no patients; lower data.split.val and data.split.test')
         self.steps_per_epoch = len(source) / batch_size
@@ -211,7 +211,7 @@ def eval_batches(
     Raises:
         InputError: The batch does not divide by the processes.
     """
-    rows = _rows(batch_size, process_index, process_count)
+    rows = process_rows(batch_size, process_index, process_count)
 
     def load(batch: int) -> Batch:
         position = np.arange(batch * batch_size, (batch + 1) * batch_size)[rows]
@@ -222,8 +222,12 @@ def eval_batches(
     return iter(batches.to_iter_dataset(_read_options(prefetch)))
 
 
-def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that a process reads."""
+def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    """The rows of a global batch that a process reads.
+
+    Raises:
+        InputError: The batch does not divide by the processes.
+    """
     if batch_size < 1 or batch_size % process_count:
         raise InputError(
             f'a batch of {batch_size} does not divide by {process_count} processes; '
