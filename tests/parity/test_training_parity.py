@@ -27,7 +27,7 @@ SIZES = torch_vqgan.Sizes(
     dropout=0.0,
 )
 BATCH, SLICES = 3, 2
-DURATION = 5  # steps of the schedule, 3 of which are taken
+DURATION = 5  # steps of the schedule, 4 of which are taken
 LEARNING_RATE = 1e-4
 # Chosen so that no activation and no absolute difference comes closer than 5e-6 to its kink, where rounding decides.
 SEED = 21
