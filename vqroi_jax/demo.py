@@ -8,7 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vqroi_jax import prepare, train_vqgan
-from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
+from vqroi_jax.training import loop
 from vqroi_jax.workdir import open_workdir
 
 
@@ -19,8 +19,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
         stage1 = config.vqgan.copy_and_resolve_references()
         stage1.data.path = str(folder / 'cohort')
         train_vqgan.run(stage1, folder / 'vqgan')
-        evaluations = [row for row in read_metrics(folder / 'vqgan' / METRICS_FILE) if 'val/psnr' in row]
-        print(reconstruction_table(evaluations[-1]))
+        print(reconstruction_table(loop.last_evaluation(folder / 'vqgan')))
         print(f'Look at {folder / "cohort/figures/cohort.png"} and {folder / "vqgan/figures/reconstructions.png"}')
 
 

@@ -209,8 +209,8 @@ def _here() -> dict[str, int]:
 
 
 def _codebook_warnings(metrics: dict[str, float], codes: int) -> list[str]:
-    """What the run's owner should know of the codebook."""
-    if metrics['perplexity'] >= max(2.0, COLLAPSED * codes):
+    """What the run's owner should know of the codebook, once it is in use."""
+    if metrics['quantised'] < 1 or metrics['perplexity'] >= max(2.0, COLLAPSED * codes):
         return []
     return [
         f'the codebook has collapsed: {metrics["perplexity"]:.1f} of {codes} codes are effectively in use and '

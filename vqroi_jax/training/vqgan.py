@@ -399,6 +399,7 @@ def _update_codebook(
         'usage': jnp.where(moving, new_usage, usage),
     }
     return codebook, {
+        'quantised': jnp.asarray(moving, jnp.float32),  # 0 while the codebook's figures mean nothing yet
         'perplexity': quantizer.perplexity(sums.count),
         'dead_codes': jnp.mean(new_usage < settings.dead_below, dtype=jnp.float32),
     }
