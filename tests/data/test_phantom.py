@@ -257,10 +257,11 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x, train, key=None):
-        for features in (8, 16, 32):
+        x = x.reshape(-1, 16, 2, 16, 2, 16, 2).transpose(0, 1, 3, 5, 2, 4, 6).reshape(-1, 16, 16, 16, 8)
+        for features in (12, 24, 48):
             x = nn.relu(nn.Conv(features, (3, 3, 3))(x))
-            x = nn.max_pool(x, (2, 2, 2), (2, 2, 2))
-        x = nn.avg_pool(x, (2, 2, 2), (2, 2, 2)).reshape(len(x), -1)
+            x = nn.avg_pool(x, (2, 2, 2), (2, 2, 2))
+        x = x.reshape(len(x), -1)
         x = nn.Dropout(0.3, deterministic=not train)(x, rng=key)
         return nn.Dense(1)(x)[:, 0]
 
@@ -289,7 +290,9 @@ def cross_validated_logits(volumes, labels, folds=4, epochs=25, batch=32):
             x = np.flip(volumes[chosen], [axis for axis in (1, 2, 3) if rng.random() < 0.5])
             params, state = step(params, state, x, labels[chosen], jax.random.key(number))
         test = np.flatnonzero(fold == held_out)
-        logits[test] = np.concatenate([predict(params, volumes[part]) for part in np.array_split(test, 4)])
+        for axes in ((), (1,), (2,), (3,)):
+            flipped = np.flip(volumes[test], axes)
+            logits[test] += np.concatenate([predict(params, part) for part in np.array_split(flipped, 4)])
     return logits
 
 
