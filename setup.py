@@ -29,7 +29,7 @@ setup(
         'ml-collections>=1.0',
         'nibabel>=5.2',
         'numpy>=2.0',
-        'optax>=0.2.5',
+        'optax>=0.2.6',
         'orbax-checkpoint>=0.11.28',
         'scipy>=1.13',
         'tensorboardX>=2.6.2',

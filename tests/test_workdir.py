@@ -184,8 +184,12 @@ def test_a_run_that_left_nothing_may_be_mended(tmp_path):
     with pytest.raises(InputError, match='faulty'), open_workdir(tmp_path, make_config()):
         raise InputError('faulty')
     other = make_config(seed=1)
-    with pytest.raises(InputError, match='later'), open_workdir(tmp_path, other) as folder:
-        (folder / 'result').write_text('kept')
-        raise InputError('later')
+    with pytest.raises(InputError, match='later'), open_workdir(tmp_path, other):
+        raise_later(tmp_path / 'result')
     with pytest.raises(InputError, match='another config'), open_workdir(tmp_path, make_config()):
         pass
+
+
+def raise_later(result):
+    result.write_text('kept')
+    raise InputError('later')

@@ -94,7 +94,7 @@ def test_bfloat16_reaches_every_layer_and_float32_stays_where_it_must():
 
 
 def test_initial_values_are_those_of_the_design():
-    model, variables, _ = small(channels=(32, 64), hidden=128, classifier_hidden=256)
+    _, variables, _ = small(channels=(32, 64), hidden=128, classifier_hidden=256)
     params = variables['params']
     kernel = np.asarray(params['encoder']['conv_1']['kernel'])
     assert kernel.std() == pytest.approx(0.02, rel=0.05)

@@ -122,7 +122,9 @@ def test_discriminator_learns_from_the_hinge_alone():
     assert_trees_close(whole_gradient(recipe, state, batch, noise).discriminator, expected, 1e-4)
 
 
-@pytest.mark.parametrize('change', [{'micro_batches': 4}, {'model.remat': 'blocks'}], ids=str)
+@pytest.mark.parametrize(
+    'change', [{'micro_batches': 4}, {'model.remat': 'activations'}, {'model.remat': 'blocks'}], ids=str
+)
 def test_saving_memory_changes_no_gradient(change):
     """Codebook sums and both gradients in the adversarial weight span all micro-batches."""
     plain, _, state, batch = start(tiny_config())

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqroi_jax.models.layers import Conv3D, GroupNorm, ResBlock, UpsampleConv3D, uniform_fan_in
+from vqroi_jax.models.layers import Conv3D, GroupNorm, ResBlock, UpsampleConv3D, save_convolutions, uniform_fan_in
 from vqroi_jax.models.quantizer import Codebook, l2_normalise
 from vqroi_jax.models.scorer import AuxiliaryClassifier, Scorer
 
@@ -34,7 +34,7 @@ class Encoder(nn.Module):
         hidden: channels of the last convolution.
         num_groups: of the group normalisations.
         res_blocks: ResBlocks after each halving.
-        remat: 'none', or 'blocks': the backward pass computes each ResBlock's inside again.
+        remat: 'blocks': the backward pass computes each ResBlock's inside again.
         dtype: of the convolutions and what lies between them.
     """
 
@@ -127,7 +127,8 @@ class VQGAN(nn.Module):
         decoder_res_blocks: ResBlocks after each doubling, from the latent grid outwards.
         classifier_hidden: width of the auxiliary classifier's hidden layer.
         classifier_dropout: share of it dropped in training.
-        remat: 'none', or 'blocks': ResBlocks are computed again in the backward pass, which saves memory.
+        remat: what the backward pass computes again, to save memory: 'none', 'activations' (norms and activations of
+            encoder and decoder: cheap) or 'blocks' (the inside of each ResBlock).
         dtype: of convolutions and matrix products; parameters, norms, code distances and outputs are float32.
     """
 
@@ -148,11 +149,15 @@ class VQGAN(nn.Module):
         """Builds the parts."""
         shared = {'num_groups': self.num_groups, 'remat': self.remat, 'dtype': self.dtype}
         dense = {'kernel_size': 1, 'padding': 0, 'kernel_init': uniform_fan_in, 'dtype': self.dtype}
-        self.encoder = Encoder(self.channels, self.hidden, res_blocks=self.encoder_res_blocks, **shared)
+        encoder, decoder = Encoder, Decoder
+        if self.remat == 'activations':
+            encoder = nn.remat(Encoder, policy=save_convolutions)
+            decoder = nn.remat(Decoder, methods=('__call__',), policy=save_convolutions)
+        self.encoder = encoder(self.channels, self.hidden, res_blocks=self.encoder_res_blocks, **shared)
         self.pre_quantisation = Conv3D(self.code_features, **dense)
         self.codebook = Codebook(self.codes, self.code_features)
         self.post_quantisation = Conv3D(self.hidden, **dense)
-        self.decoder = Decoder(self.channels[::-1], res_blocks=self.decoder_res_blocks, **shared)
+        self.decoder = decoder(self.channels[::-1], res_blocks=self.decoder_res_blocks, **shared)
         self.scorer = Scorer(dtype=self.dtype)
         self.classifier = AuxiliaryClassifier(
             self.classes, self.classifier_hidden, self.classifier_dropout, dtype=self.dtype

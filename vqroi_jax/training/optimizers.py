@@ -4,7 +4,6 @@ Keeping the rate outside lets a network that starts late (the discriminator) sta
 """
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -29,8 +28,3 @@ def cosine_rate(settings: ml_collections.ConfigDict, steps: int) -> optax.Schedu
 def apply(params: optax.Params, updates: optax.Updates, rate: jax.Array) -> optax.Params:
     """`params - rate * updates`, in the parameters' dtype."""
     return jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), params, updates)
-
-
-def gradient_norm(gradients: optax.Updates) -> jax.Array:
-    """Euclidean norm over all leaves; float32 scalar."""
-    return jnp.asarray(optax.global_norm(gradients), jnp.float32)

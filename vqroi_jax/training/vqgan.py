@@ -139,7 +139,7 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
     for field, value, known in (
         ('perceptual', config.perceptual, ('vgg16', 'none')),
         ('dtype', config.dtype, ('float32', 'bfloat16')),
-        ('model.remat', model.remat, ('none', 'blocks')),
+        ('model.remat', model.remat, ('none', 'activations', 'blocks')),
     ):
         if value not in known:
             raise InputError(f'config.{field}={value!r}: choose one of {", ".join(known)}')
@@ -425,8 +425,8 @@ def update(recipe: Recipe, state: VQGANState, batch: Batch, noise: Noise, weight
     if recipe.settings.ema_decay > 0:
         average = optax.incremental_update(params, state.average, 1 - recipe.settings.ema_decay)
 
-    norm = optax.global_norm(grads.params)
-    discriminator_norm = optax.global_norm(grads.discriminator)
+    norm = optax.tree.norm(grads.params)
+    discriminator_norm = optax.tree.norm(grads.discriminator)
     finite = jnp.isfinite(grads.metrics['loss'] + grads.metrics['hinge'] + norm + discriminator_norm)
     playing = finite & (state.step >= recipe.adversarial_start)
 
