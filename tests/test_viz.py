@@ -175,12 +175,13 @@ def test_cohort_counts_every_patient():
 
 def test_curves_pair_training_with_validation():
     rows = [
-        {'step': 1, 'l1': 0.5, 'loss': 2.0},
+        {'step': 1, 'l1': 0.5, 'loss': 2.0, 'perf/a': 1.0, 'perf/b': 2.0},
         {'step': 2, 'l1': 0.4, 'loss': None, 'val/l1': 0.6, 'val/l1/HGG': 0.7},
     ]
     figure = viz.curves(rows)
-    l1, loss = figure.axes
-    assert [axes.get_title(loc='left') for axes in (l1, loss)] == ['l1', 'loss']
+    l1, loss, *others = figure.axes
+    titles = [axes.get_title(loc='left') for axes in (l1, loss, *others)]
+    assert titles == ['l1', 'loss', 'perf/a', 'perf/b']  # different units are not mixed
     lines = {line.get_label(): line.get_xydata().tolist() for line in l1.get_lines()}
     assert lines == {'train': [[1, 0.5], [2, 0.4]], 'val': [[2, 0.6]], 'val HGG': [[2, 0.7]]}
     assert loss.get_lines()[0].get_xydata().tolist() == [[1, 2.0]]

@@ -329,8 +329,8 @@ def _to_voxels(scores: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def _metric(key: str) -> tuple[str, str, list[str]]:
-    """Split ('train' if none is named), metric and the rest of a name such as 'val/psnr/HGG'."""
+    """Split, metric and the rest of a name such as 'val/psnr/HGG'; all of a name without split is a training metric."""
     first, *rest = key.split('/')
     if first not in ('train', 'val', 'test') or not rest:
-        return 'train', first, rest
+        return 'train', key, []
     return first, rest[0], rest[1:]
