@@ -4,9 +4,8 @@ On GPU and TPU a convolution is XLA's own; on a CPU it is `slab_convolution`'s, 
 folded into the channels first. `layers.Conv3D` and `layers.UpsampleConv3D` call this module; nothing above it knows
 how a convolution is computed.
 
-Convolution, input gradient and kernel gradient are each linear in each of their two arguments, and the derivatives
-of each are the other two. They are declared so, so that reverse-mode derivatives of any order work on every
-platform. Forward mode (`jax.jvp`) raises, as for every function with its own reverse rule.
+Reverse-mode derivatives of any order work on every platform. Forward mode (`jax.jvp`) raises, as it does for every
+function with a reverse rule of its own.
 """
 
 from functools import partial
@@ -14,16 +13,20 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from vqroi_jax.models import slab_convolution
 
 
-def conv3d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0) -> jax.Array:
+def conv3d(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, stride: int = 1, padding: int = 0
+) -> jax.Array:
     """Convolves a volume with a cubic kernel (cross-correlation, as every deep learning library has it).
 
     Args:
         x: volume, [B, D, H, W, in].
         kernel: weights of the dtype of `x`, [k, k, k, in, out].
+        bias: added to the result, [out] of the dtype of `x`.
         stride: the same along the three axes.
         padding: zeros added on both sides of the three axes, less than k.
 
@@ -37,12 +40,12 @@ def conv3d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0
     k = kernel.shape[0]
     if kernel.shape[:4] != (k, k, k, x.shape[-1]) or not 0 <= padding < k or min(x.shape[1:4]) + 2 * padding < k:
         raise ValueError(f'kernel {kernel.shape} with padding {padding} does not fit volume {x.shape}')
-    if k == stride == 1:
-        return x @ kernel[0, 0, 0]
-    return _conv(x, kernel, stride, padding)
+    if bias is None:
+        bias = jnp.zeros(kernel.shape[-1:], x.dtype)
+    return _conv(x, kernel, bias, stride, padding)
 
 
-def upsample_conv3d(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def upsample_conv3d(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Doubles each side by nearest neighbour, then convolves with a 3x3x3 kernel and padding 1.
 
     Neither is done: each 2x2x2 window of the small volume (with a border of zeros) holds all that the 2x2x2 voxels
@@ -52,6 +55,7 @@ def upsample_conv3d(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Args:
         x: volume, [B, D, H, W, in].
         kernel: weights of the dtype of `x`, [3, 3, 3, in, out].
+        bias: added to the result, [out] of the dtype of `x`.
 
     Returns:
         [B, 2 D, 2 H, 2 W, out] of the dtype of `x`.
@@ -60,91 +64,93 @@ def upsample_conv3d(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # (0, 1, 1)[t].
     taps = jnp.array([[[1, 1, 0], [1, 0, 0]], [[0, 0, 1], [0, 1, 1]]], kernel.dtype)  # [side, voxel, tap]
     phases = jnp.einsum('auk,bvl,cwm,klmio->abciuvwo', taps, taps, taps, kernel)
-    y = conv3d(x, phases.reshape(2, 2, 2, x.shape[-1], -1), padding=1)
+    y = conv3d(
+        x,
+        phases.reshape(2, 2, 2, x.shape[-1], -1),
+        None if bias is None else jnp.tile(bias, 8),
+        padding=1,
+    )
     batch, d, h, w, _ = y.shape
     y = y.reshape(batch, d, h, w, 2, 2, 2, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
     return y.reshape(batch, 2 * d, 2 * h, 2 * w, -1)[:, 1:-1, 1:-1, 1:-1]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=partial(_slab_conv, stride=stride, padding=padding),
-        default=partial(_native_conv, stride=stride, padding=padding),
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int, padding: int) -> jax.Array:
+    def native(x, kernel, bias):
+        return _native_conv(x, kernel, stride, padding) + bias
+
+    def slabs(x, kernel, bias):
+        folded, folded_kernel = _fold_volume(x, kernel.shape[0], stride, padding), _fold_kernel(kernel, stride)
+        return slab_convolution.convolve(folded, folded_kernel, bias, _folded_padding(stride, padding))
+
+    return lax.platform_dependent(x, kernel, bias, cpu=slabs, default=native)
+
+
+def _conv_forward(x, kernel, bias, stride, padding):
+    # What is not differentiated is marked by None, since residuals can only be arrays and structure.
+    wanted = tuple(() if argument.perturbed else None for argument in (x, kernel))
+    x, kernel, bias = x.value, kernel.value, bias.value
+    return _conv(x, kernel, bias, stride, padding), (x, kernel, bias, wanted)
+
+
+def _conv_backward(stride, padding, kept, gradient):
+    x, kernel, bias, wanted = kept
+    if isinstance(gradient, SymbolicZero):
+        return None, None, None
+    wanted = tuple(argument is not None for argument in wanted)
+    bias_gradient = jnp.sum(gradient, (0, 1, 2, 3), dtype=jnp.float32).astype(bias.dtype)
+    return *_gradients(x, kernel, gradient, stride, padding, wanted), bias_gradient
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _gradients(x, kernel, gradient, stride, padding, wanted):
+    """Gradients of `_conv` in `x` and `kernel` from that of its result; None for what is not wanted."""
+
+    def native(x, kernel, gradient):
+        convolutions = (
+            (lambda x: _native_conv(x, kernel, stride, padding), x),
+            (lambda kernel: _native_conv(x, kernel, stride, padding), kernel),
+        )
+        return tuple(
+            jax.linear_transpose(convolution, argument)(gradient)[0] if want else None
+            for want, (convolution, argument) in zip(wanted, convolutions, strict=True)
+        )
+
+    def slabs(x, kernel, gradient):
+        folds = (
+            (partial(_fold_volume, k=kernel.shape[0], stride=stride, padding=padding), x),
+            (partial(_fold_kernel, stride=stride), kernel),
+        )
+        folded = [fold(argument) for fold, argument in folds]
+        results = slab_convolution.gradients(*folded, gradient, _folded_padding(stride, padding), wanted)
+        return tuple(
+            None if result is None else jax.linear_transpose(fold, argument)(result)[0]
+            for result, (fold, argument) in zip(results, folds, strict=True)
+        )
+
+    return lax.platform_dependent(x, kernel, gradient, cpu=slabs, default=native)
+
+
+def _gradients_forward(x, kernel, gradient, stride, padding, wanted):
+    return _gradients(x, kernel, gradient, stride, padding, wanted), (x, kernel, gradient)
+
+
+def _gradients_backward(stride, padding, wanted, kept, cotangents):
+    """Both gradients are linear in each of their two arguments, and the derivatives are such convolutions again."""
+    x, kernel, gradient = kept
+    along_x, along_kernel = (
+        jnp.zeros_like(argument) if cotangent is None else cotangent
+        for argument, cotangent in zip((x, kernel), cotangents, strict=True)
     )
+    x_cotangent, kernel_cotangent = _gradients(along_x, along_kernel, gradient, stride, padding, (True, True))
+    gradient_cotangent = conv3d(along_x, kernel, stride=stride, padding=padding)
+    gradient_cotangent += conv3d(x, along_kernel, stride=stride, padding=padding)
+    return x_cotangent, kernel_cotangent, gradient_cotangent
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _input_gradient(gradient, kernel, stride, padding, sides):
-    """Gradient of `_conv` in an input of these sides, from the gradient of its result."""
-
-    def native(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
-        x = jax.ShapeDtypeStruct((gradient.shape[0], *sides, kernel.shape[3]), gradient.dtype)
-        return jax.linear_transpose(lambda x: _native_conv(x, kernel, stride, padding), x)(gradient)[0]
-
-    def slabs(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
-        x = jax.ShapeDtypeStruct((gradient.shape[0], *sides, kernel.shape[3]), gradient.dtype)
-        folded_kernel = _fold_kernel(kernel, stride)
-        k, left = folded_kernel.shape[0], 0 if stride > 1 else padding
-        flipped = jnp.flip(folded_kernel, (0, 1, 2)).swapaxes(3, 4)
-        folded = slab_convolution.convolve(gradient, flipped, k - 1 - left)
-        return jax.linear_transpose(lambda x: _fold(x, kernel.shape[0], stride, padding), x)(folded)[0]
-
-    return lax.platform_dependent(gradient, kernel, cpu=slabs, default=native)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _kernel_gradient(x, gradient, stride, padding, k):
-    """Gradient of `_conv` in a kernel of side k, from the gradient of its result."""
-    kernel = jax.ShapeDtypeStruct((k, k, k, x.shape[-1], gradient.shape[-1]), x.dtype)
-
-    def native(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        return jax.linear_transpose(lambda kernel: _native_conv(x, kernel, stride, padding), kernel)(gradient)[0]
-
-    def slabs(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        folded = _fold(x, k, stride, padding)
-        folded_k, left = -(-k // stride), 0 if stride > 1 else padding
-        folded_gradient = slab_convolution.kernel_gradient(folded, gradient, folded_k, left)
-        return jax.linear_transpose(partial(_fold_kernel, stride=stride), kernel)(folded_gradient)[0]
-
-    return lax.platform_dependent(x, gradient, cpu=slabs, default=native)
-
-
-def _conv_backward(stride, padding, inputs, gradient):
-    x, kernel = inputs
-    return (
-        _input_gradient(gradient, kernel, stride, padding, x.shape[1:4]),
-        _kernel_gradient(x, gradient, stride, padding, kernel.shape[0]),
-    )
-
-
-def _input_gradient_backward(stride, padding, sides, inputs, cotangent):
-    gradient, kernel = inputs
-    return (
-        _conv(cotangent, kernel, stride, padding),
-        _kernel_gradient(cotangent, gradient, stride, padding, kernel.shape[0]),
-    )
-
-
-def _kernel_gradient_backward(stride, padding, k, inputs, cotangent):
-    x, gradient = inputs
-    return (
-        _input_gradient(gradient, cotangent, stride, padding, x.shape[1:4]),
-        _conv(x, cotangent, stride, padding),
-    )
-
-
-_conv.defvjp(lambda x, kernel, *static: (_conv(x, kernel, *static), (x, kernel)), _conv_backward)
-_input_gradient.defvjp(
-    lambda gradient, kernel, *static: (_input_gradient(gradient, kernel, *static), (gradient, kernel)),
-    _input_gradient_backward,
-)
-_kernel_gradient.defvjp(
-    lambda x, gradient, *static: (_kernel_gradient(x, gradient, *static), (x, gradient)),
-    _kernel_gradient_backward,
-)
+_conv.defvjp(_conv_forward, _conv_backward, symbolic_zeros=True)
+_gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
 def _native_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
@@ -157,12 +163,7 @@ def _native_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> 
     )
 
 
-def _slab_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    folded = _fold(x, kernel.shape[0], stride, padding)
-    return slab_convolution.convolve(folded, _fold_kernel(kernel, stride), 0 if stride > 1 else padding)
-
-
-def _fold(x: jax.Array, k: int, stride: int, padding: int) -> jax.Array:
+def _fold_volume(x: jax.Array, k: int, stride: int, padding: int) -> jax.Array:
     """Space to depth: the padded volume with each cube of side `stride` as one voxel of stride³ times the channels.
 
     A convolution with this stride is one of stride 1 and no padding on the result, with `_fold_kernel`'s kernel.
@@ -189,3 +190,8 @@ def _fold_kernel(kernel: jax.Array, stride: int) -> jax.Array:
     kernel = jnp.pad(kernel, ((0, missing),) * 3 + ((0, 0),) * 2)
     kernel = kernel.reshape(k, stride, k, stride, k, stride, channels, features)
     return kernel.transpose(0, 2, 4, 1, 3, 5, 6, 7).reshape(k, k, k, stride**3 * channels, features)
+
+
+def _folded_padding(stride: int, padding: int) -> int:
+    """What is left to pad: `_fold_volume` pads what it folds."""
+    return padding if stride == 1 else 0

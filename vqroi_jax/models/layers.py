@@ -6,13 +6,19 @@ named `kernel`, `bias` and `scale`.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
+from jax.ad_checkpoint import checkpoint_name
 
 from vqroi_jax.models.convolution import conv3d, upsample_conv3d
+
+# Policy for `nn.remat`: the backward pass finds the convolutions' results and computes norms and activations again,
+# which costs little time and saves more than half of the memory.
+save_convolutions = jax.checkpoint_policies.save_only_these_names('convolution')
 
 
 def uniform_within(fan_in: int) -> Initializer:
@@ -53,7 +59,8 @@ class Conv3D(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, D, H, W, in] to [B, d, h, w, features]."""
         kernel, bias = _kernel_and_bias(self, (self.kernel_size,) * 3 + (x.shape[-1], self.features))
-        return conv3d(x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding) + bias
+        y = conv3d(x.astype(self.dtype), kernel, bias, stride=self.stride, padding=self.padding)
+        return checkpoint_name(y, 'convolution')
 
 
 class UpsampleConv3D(nn.Module):
@@ -73,7 +80,7 @@ class UpsampleConv3D(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, D, H, W, in] to [B, 2 D, 2 H, 2 W, features]."""
         kernel, bias = _kernel_and_bias(self, (3, 3, 3, x.shape[-1], self.features))
-        return upsample_conv3d(x.astype(self.dtype), kernel) + bias
+        return checkpoint_name(upsample_conv3d(x.astype(self.dtype), kernel, bias), 'convolution')
 
 
 class Dense(nn.Module):
@@ -124,8 +131,11 @@ class GroupNorm(nn.Module):
         return group_norm(x, scale, bias, self.num_groups, self.epsilon).astype(self.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int, epsilon: float) -> jax.Array:
     """Group normalisation (Wu & He 2018, https://arxiv.org/abs/1803.08494) with float32 statistics.
+
+    Forward and backward are a few sums a channel and one elementwise pass each, and only `x` is kept in between.
 
     Args:
         x: [B, ..., channels].
@@ -140,14 +150,47 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int,
     Raises:
         ValueError: the groups do not divide the channels.
     """
-    channels = x.shape[-1]
-    if channels % num_groups:
-        raise ValueError(f'{num_groups} groups do not divide {channels} channels')
-    grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, num_groups, channels // num_groups)
-    mean = grouped.mean((1, 3), keepdims=True)
-    variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-    normalised = (grouped - mean) * jax.lax.rsqrt(variance + epsilon)
-    return normalised.reshape(x.shape) * scale + bias
+    return _group_norm_forward(x, scale, bias, num_groups, epsilon)[0]
+
+
+def _group_norm_forward(x, scale, bias, num_groups, epsilon):
+    if x.shape[-1] % num_groups:
+        raise ValueError(f'{num_groups} groups do not divide {x.shape[-1]} channels')
+    mean = _group_mean(_space_mean(x.astype(jnp.float32)), num_groups)
+    variance = _group_mean(_space_mean(jnp.square(x.astype(jnp.float32) - mean)), num_groups)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    return (x.astype(jnp.float32) - mean) * (inverse * scale) + bias, (x, scale, mean, inverse)
+
+
+def _group_norm_backward(num_groups, epsilon, kept, gradient):
+    """All follows from two means a sample and channel: of the gradient, and of its product with what is normalised."""
+    x, scale, mean, inverse = kept
+    centred = x.astype(jnp.float32) - mean
+    first = _space_mean(gradient)
+    second = _space_mean(gradient * centred) * inverse
+    points = math.prod(x.shape[1:-1])
+    bias_gradient, scale_gradient = (jnp.sum(m * points, tuple(range(x.ndim - 1))) for m in (first, second))
+    along_constant = _group_mean(first * scale, num_groups)
+    along_x = _group_mean(second * scale, num_groups)
+    x_gradient = gradient * (scale * inverse) - centred * (inverse**2 * along_x) - inverse * along_constant
+    return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
+
+
+group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+
+
+def _space_mean(x: jax.Array) -> jax.Array:
+    """Means over all axes but the first and the last, which stay as 1."""
+    return jnp.mean(x, tuple(range(1, x.ndim - 1)), keepdims=True)
+
+
+def _group_mean(channels: jax.Array, num_groups: int) -> jax.Array:
+    """The mean of each channel's group, from means of the channels, [B, ..., channels].
+
+    In two steps, since XLA:CPU vectorises a reduction that keeps the innermost axis.
+    """
+    groups = channels.reshape(*channels.shape[:-1], num_groups, -1)
+    return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(channels.shape)
 
 
 class ResBlock(nn.Module):

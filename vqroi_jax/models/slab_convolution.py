@@ -18,79 +18,130 @@ from jax import lax
 _SLAB_WINDOWS = 2048  # windows in a slab: their copies fit into the second-level cache at 32 channels
 
 
-def convolve(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-    """Convolves with stride 1; arguments and result as `convolution.conv3d`."""
-    k, features = kernel.shape[0], kernel.shape[-1]
-    sides = tuple(side + 2 * padding - k + 1 for side in x.shape[1:4])
-    weights = jnp.moveaxis(kernel, 0, 3).reshape(-1, k * features)
-    slabs, rows = _slabs(x.shape[0], *sides[1:])
-
-    def one_slice(d: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        plane = _plane(x, d, padding, slabs * rows - sides[1])
-
-        def one_slab(slab: jax.Array, sums: jax.Array) -> jax.Array:
-            windows = _windows(_rows(plane, slab * rows, rows + k - 1), k, rows, sides[2])
-            product = lax.dot_general(windows, weights, (((3,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-            earlier = _rows(sums, slab * rows, rows)[..., :-features]
-            product += jnp.pad(earlier, ((0, 0), (0, 0), (0, 0), (features, 0)))
-            return lax.dynamic_update_slice_in_dim(sums, product, slab * rows, 1)
-
-        y, sums = carry
-        sums = lax.fori_loop(0, slabs, one_slab, sums)
-        # Outputs before the first (there are some if the padding is less than k - 1) are overwritten by it.
-        return _put(y, sums, k - 1, jnp.maximum(d + padding - k + 1, 0)), sums
-
-    def _put(y: jax.Array, sums: jax.Array, tap: int, d: jax.Array | int) -> jax.Array:
-        done = sums[:, None, : sides[1], :, tap * features : (tap + 1) * features]
-        return lax.dynamic_update_slice_in_dim(y, done.astype(y.dtype), d, 1)
-
-    y = jnp.zeros((x.shape[0], *sides, features), x.dtype)
-    sums = jnp.zeros((x.shape[0], slabs * rows, sides[2], k * features), jnp.float32)
-    y, sums = lax.fori_loop(0, x.shape[1], one_slice, (y, sums))
-    for tap in range(k - 2, k - 2 - padding, -1):  # the slices that only padding was to follow
-        y = _put(y, sums, tap, x.shape[1] - 1 + padding - tap)
-    return y
-
-
-def kernel_gradient(x: jax.Array, gradient: jax.Array, k: int, padding: int) -> jax.Array:
-    """Gradient of a stride-1 convolution in its kernel.
+def convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int) -> jax.Array:
+    """Convolves with stride 1.
 
     Args:
-        x: what was convolved, [B, D, H, W, in].
-        gradient: of the convolution's result, [B, d, h, w, out], of the dtype of `x`.
-        k: side of the kernel.
+        x: [B, D, H, W, in].
+        kernel: [k, k, k, in, out].
+        bias: [out].
         padding: zeros on both sides of the three axes.
 
     Returns:
-        [k, k, k, in, out] of the dtype of `x`.
+        [B, d, h, w, out] of the dtype of `x`.
     """
-    channels, features = x.shape[-1], gradient.shape[-1]
-    sides = gradient.shape[1:4]
-    slabs, rows = _slabs(x.shape[0], *sides[1:])
+    sides = tuple(side + 2 * padding - kernel.shape[0] + 1 for side in x.shape[1:4])
+    return _walk(x, kernel.shape[0], padding, sides, kernel=kernel, bias=bias)[0]
 
-    def gradient_plane(d: jax.Array) -> jax.Array:
-        plane = lax.dynamic_index_in_dim(gradient, jnp.clip(d, 0, sides[0] - 1), 1, keepdims=False)
-        return jnp.where((d >= 0) & (d < sides[0]), plane, 0)
 
-    def one_slice(d: jax.Array, total: jax.Array) -> jax.Array:
-        plane = _plane(x, d, padding, slabs * rows - sides[1])
-        gradients = jnp.concatenate([gradient_plane(d + padding - tap) for tap in range(k)], -1)
-        gradients = jnp.pad(gradients, ((0, 0), (0, slabs * rows - sides[1]), (0, 0), (0, 0)))
+def gradients(
+    x: jax.Array, kernel: jax.Array, gradient: jax.Array, padding: int, wanted: tuple[bool, bool]
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Gradients of `convolve` in its input and in its kernel.
 
-        def one_slab(slab: jax.Array, total: jax.Array) -> jax.Array:
+    Both come from the same windows, those of the result's gradient, in one walk. That they are one operation also
+    means that neither can be put off by the compiler, which would have to keep what it is computed from.
+
+    Args:
+        x: what was convolved, [B, D, H, W, in].
+        kernel: [k, k, k, in, out].
+        gradient: of the result, [B, d, h, w, out].
+        padding: zeros on both sides of the three axes.
+        wanted: whether the gradient in the input is wanted, and that in the kernel.
+
+    Returns:
+        Both, of the shapes and dtypes of `x` and `kernel`; None for what is not wanted.
+    """
+    k = kernel.shape[0]
+    flipped = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
+    x_gradient, flipped_gradient = _walk(
+        gradient,
+        k,
+        k - 1 - padding,
+        x.shape[1:4],
+        kernel=flipped if wanted[0] else None,
+        bias=jnp.zeros(x.shape[-1:], x.dtype),
+        companion=x if wanted[1] else None,
+    )
+    if flipped_gradient is None:
+        return x_gradient, None
+    return x_gradient, jnp.flip(flipped_gradient, (0, 1, 2)).swapaxes(3, 4).astype(kernel.dtype)
+
+
+def _walk(
+    x: jax.Array,
+    k: int,
+    padding: int,
+    sides: tuple[int, int, int],
+    *,
+    kernel: jax.Array | None,
+    bias: jax.Array,
+    companion: jax.Array | None = None,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Takes all windows of side k of a padded volume, and does two things with them.
+
+    Args:
+        x: [B, D, H, W, in].
+        k: side of the windows.
+        padding: zeros on both sides of the three axes.
+        sides: of the grid of windows, (d, h, w).
+        kernel: to multiply the windows with, [k, k, k, in, out]; None: not done.
+        bias: added to these products, [out].
+        companion: to correlate the windows with, [B, d, h, w, out]; None: not done.
+
+    Returns:
+        The products, [B, d, h, w, out], and the correlations, float32 [k, k, k, in, out]; None for what is not done.
+    """
+    batch, depth, _, _, channels = x.shape
+    features = bias.shape[0]
+    slabs, rows = _slabs(batch, *sides[1:])
+    extra_rows = slabs * rows - sides[1]  # of zeros, to fill the last slab
+    weights = None if kernel is None else jnp.moveaxis(kernel, 0, 3).reshape(-1, k * features)
+
+    def one_slice(d, carry):
+        y, sums, total = carry
+        plane = lax.dynamic_index_in_dim(x, d, 1, keepdims=False)
+        plane = jnp.pad(plane, ((0, 0), (padding, padding + extra_rows), (padding, padding), (0, 0)))
+        if companion is not None:
+            others = jnp.concatenate([_slice_or_zeros(companion, d + padding - tap) for tap in range(k)], -1)
+            others = jnp.pad(others, ((0, 0), (0, extra_rows), (0, 0), (0, 0)))
+
+        def one_slab(slab, carry):
+            sums, total = carry
             windows = _windows(_rows(plane, slab * rows, rows + k - 1), k, rows, sides[2])
-            return total + lax.dot_general(
-                windows,
-                _rows(gradients, slab * rows, rows),
-                (((0, 1, 2),) * 2, ((), ())),
-                preferred_element_type=jnp.float32,
-            )
+            if weights is not None:
+                earlier = _rows(sums, slab * rows, rows)[..., :-features]
+                new = _product(windows, weights, (3,), (0,))
+                new += jnp.pad(earlier, ((0, 0), (0, 0), (0, 0), (features, 0)))
+                sums = lax.dynamic_update_slice_in_dim(sums, new, slab * rows, 1)
+            if companion is not None:
+                total += _product(windows, _rows(others, slab * rows, rows), (0, 1, 2), (0, 1, 2))
+            return sums, total
 
-        return lax.fori_loop(0, slabs, one_slab, total)
+        sums, total = lax.fori_loop(0, slabs, one_slab, (sums, total))
+        if weights is not None:
+            # Results before the first (there are some if the padding is less than k - 1) are overwritten by it.
+            y = put(y, sums, k - 1, jnp.maximum(d + padding - k + 1, 0))
+        return y, sums, total
 
-    total = jnp.zeros((k * k * channels, k * features), jnp.float32)
-    total = lax.fori_loop(0, x.shape[1], one_slice, total)
-    return jnp.moveaxis(total.reshape(k, k, channels, k, features), 3, 0).astype(x.dtype)
+    def put(y, sums, tap, d):
+        done = sums[:, None, : sides[1], :, tap * features : (tap + 1) * features]
+        return lax.dynamic_update_slice_in_dim(y, (done + bias).astype(y.dtype), d, 1)
+
+    y = sums = total = None
+    if weights is not None:
+        # All of it is overwritten; zeros would be one buffer that XLA keeps and copies for every convolution.
+        y = jnp.broadcast_to(x[:, :1, :1, :1, :1], (batch, *sides, features))
+        sums = jnp.zeros((batch, slabs * rows, sides[2], k * features), jnp.float32)
+    if companion is not None:
+        total = jnp.zeros((k * k * channels, k * features), jnp.float32)
+    y, sums, total = lax.fori_loop(0, depth, one_slice, (y, sums, total))
+    if weights is not None:
+        for tap in range(k - 2, k - 2 - padding, -1):  # the slices that only padding was to follow
+            y = put(y, sums, tap, depth - 1 + padding - tap)
+    if companion is not None:
+        total = jnp.moveaxis(total.reshape(k, k, channels, k, features), 3, 0)
+    return y, total
 
 
 def _slabs(batch: int, height: int, width: int) -> tuple[int, int]:
@@ -99,10 +150,9 @@ def _slabs(batch: int, height: int, width: int) -> tuple[int, int]:
     return -(-height // rows), rows
 
 
-def _plane(x: jax.Array, d: jax.Array, padding: int, extra_rows: int) -> jax.Array:
-    """Depth slice `d` of `x` with zeros around it, and more rows of zeros below to fill the last slab."""
-    plane = lax.dynamic_index_in_dim(x, d, 1, keepdims=False)
-    return jnp.pad(plane, ((0, 0), (padding, padding + extra_rows), (padding, padding), (0, 0)))
+def _slice_or_zeros(x: jax.Array, d: jax.Array) -> jax.Array:
+    plane = lax.dynamic_index_in_dim(x, jnp.clip(d, 0, x.shape[1] - 1), 1, keepdims=False)
+    return jnp.where((d >= 0) & (d < x.shape[1]), plane, 0)
 
 
 def _rows(plane: jax.Array, start: jax.Array, rows: int) -> jax.Array:
@@ -113,3 +163,7 @@ def _windows(rows: jax.Array, k: int, height: int, width: int) -> jax.Array:
     """Lays the k x k windows that start at each point of a height x width grid along the channels."""
     starts = [(row, column) for row in range(k) for column in range(k)]
     return jnp.concatenate([rows[:, i : i + height, j : j + width] for i, j in starts], -1)
+
+
+def _product(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:
+    return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
