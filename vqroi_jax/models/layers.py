@@ -165,8 +165,9 @@ def _group_norm_forward(x, scale, bias, num_groups, epsilon):
 def _group_norm_backward(num_groups, epsilon, kept, gradient):
     """All follows from two means a sample and channel: of the gradient, and of its product with what is normalised."""
     x, scale, mean, inverse = kept
-    centred = x.astype(jnp.float32) - mean
     first = _space_mean(gradient)
+    # Adding nothing ties what follows to the gradient: XLA would otherwise compute it in the forward pass and keep it.
+    centred = x.astype(jnp.float32) - (mean + 0 * first)
     second = _space_mean(gradient * centred) * inverse
     points = math.prod(x.shape[1:-1])
     bias_gradient, scale_gradient = (jnp.sum(m * points, tuple(range(x.ndim - 1))) for m in (first, second))
