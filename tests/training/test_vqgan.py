@@ -46,6 +46,18 @@ def start(config, devices=1):
     return recipe, mesh, state, batch
 
 
+@functools.cache
+def default_start():
+    """`start` at the default config, for tests that give no state away."""
+    recipe, _, state, batch = start(tiny_config())
+    return recipe, state, batch, vqgan.draw_noise(recipe, state.step, 8)
+
+
+@functools.cache
+def default_gradient():
+    return whole_gradient(*default_start())
+
+
 def plain_losses(recipe, state, batch, noise):
     """The objective of section 2.2 as one function of all generator parameters, differentiated by JAX."""
 
@@ -92,15 +104,22 @@ def assert_trees_close(actual, expected, relative):
 
 
 def whole_gradient(recipe, state, batch, noise):
-    return jax.jit(lambda *args: vqgan.gradients(recipe, *args))(state, batch, noise, recipe.lpips_weights)
+    """Gradients, and the codebook after the step."""
+
+    def compute(state, batch, noise, weights):
+        found = vqgan.gradients(recipe, state, batch, noise, weights)
+        return found, vqgan._update_codebook(recipe, state, found.normalised, found.tokens)[0]
+
+    return jax.jit(compute)(state, batch, noise, recipe.lpips_weights)
 
 
 @pytest.mark.parametrize('perceptual_name', ['none', 'vgg16'])
 def test_gradients_equal_the_plain_objective(perceptual_name):
-    recipe, _, state, batch = start(tiny_config(perceptual=perceptual_name))
-    noise = vqgan.draw_noise(recipe, state.step, 8)
+    recipe, state, batch, noise = default_start()
+    if perceptual_name == 'vgg16':
+        recipe = vqgan.make_recipe(tiny_config(perceptual='vgg16'), classes=2, steps_per_epoch=10)
     loss, weight, gradient = jax.jit(functools.partial(plain_losses, recipe))(state, batch, noise)
-    fast = whole_gradient(recipe, state, batch, noise)
+    fast, _ = default_gradient() if perceptual_name == 'none' else whole_gradient(recipe, state, batch, noise)
     np.testing.assert_allclose(fast.metrics['loss'], loss, rtol=1e-5)
     np.testing.assert_allclose(fast.metrics['adversarial_weight'], weight, rtol=1e-4)
     assert 0 < float(weight) <= 1
@@ -108,18 +127,16 @@ def test_gradients_equal_the_plain_objective(perceptual_name):
 
 
 def test_discriminator_learns_from_the_hinge_alone():
-    recipe, _, state, batch = start(tiny_config())
-    noise = vqgan.draw_noise(recipe, state.step, 8)
+    recipe, state, batch, _ = default_start()
 
-    @jax.jit
     def hinge(params):
         variables = {'params': state.params, 'codebook': {'codebook': state.codebook}}
         fake = recipe.model.apply(variables, batch['volume'])
         judge = functools.partial(recipe.discriminator.apply, {'params': params})
         return losses.hinge(judge(batch['volume'])[0], judge(fake)[0])
 
-    expected = jax.grad(hinge)(state.discriminator)
-    assert_trees_close(whole_gradient(recipe, state, batch, noise).discriminator, expected, 1e-4)
+    expected = jax.jit(jax.grad(hinge))(state.discriminator)
+    assert_trees_close(default_gradient()[0].discriminator, expected, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -127,16 +144,14 @@ def test_discriminator_learns_from_the_hinge_alone():
 )
 def test_saving_memory_changes_no_gradient(change):
     """Codebook sums and both gradients in the adversarial weight span all micro-batches."""
-    plain, _, state, batch = start(tiny_config())
-    noise = vqgan.draw_noise(plain, state.step, 8)
+    _, state, batch, noise = default_start()
     saving = vqgan.make_recipe(tiny_config(**change), classes=2, steps_per_epoch=10)
-    expected, actual = (whole_gradient(recipe, state, batch, noise) for recipe in (plain, saving))
+    (expected, expected_codebook), (actual, codebook) = default_gradient(), whole_gradient(saving, state, batch, noise)
     for name, value in expected.metrics.items():
         np.testing.assert_allclose(actual.metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
     assert_trees_close(actual.params, expected.params, 1e-4)
     assert_trees_close(actual.discriminator, expected.discriminator, 1e-4)
-    codes = [vqgan.update(recipe, state, batch, noise, recipe.lpips_weights)[0].codebook for recipe in (plain, saving)]
-    assert_trees_close(codes[1], codes[0], 1e-5)
+    assert_trees_close(codebook, expected_codebook, 1e-5)
 
 
 def assert_states_close(actual, expected, rate):
@@ -168,13 +183,14 @@ def test_eight_devices_equal_one():
 
 
 def test_bfloat16_keeps_parameters_and_losses_in_float32_and_near():
-    exact, _, state, batch = start(tiny_config())
-    noise = vqgan.draw_noise(exact, state.step, 8)
+    _, state, batch, noise = default_start()
     half = vqgan.make_recipe(tiny_config(dtype='bfloat16'), classes=2, steps_per_epoch=10)
-    expected, actual = (whole_gradient(recipe, state, batch, noise) for recipe in (exact, half))
+    (expected, _), (actual, _) = default_gradient(), whole_gradient(half, state, batch, noise)
     assert {leaf.dtype for leaf in jax.tree.leaves((actual.params, actual.metrics))} == {jnp.dtype('float32')}
     np.testing.assert_allclose(actual.metrics['loss'], expected.metrics['loss'], rtol=0.02)
-    assert_trees_close(actual.params['decoder'], expected.params['decoder'], 0.2)
+    for part in ('last', 'conv_0'):
+        one, other = (np.ravel(g.params['decoder'][part]['kernel']) for g in (actual, expected))
+        assert np.dot(one, other) / np.linalg.norm(one) / np.linalg.norm(other) > 0.98
 
 
 def test_nothing_is_quantised_or_moved_before_the_warm_up_is_over():
@@ -205,7 +221,7 @@ def test_nothing_is_quantised_or_moved_before_the_warm_up_is_over():
 
 
 def test_codebook_is_in_no_optimiser():
-    _, _, state, _ = start(tiny_config())
+    _, state, _, _ = default_start()
     shapes = {leaf.shape for leaf in jax.tree.leaves((state.optimizer, state.discriminator_optimizer))}
     assert state.codebook['codes'].shape not in shapes
 
@@ -223,13 +239,12 @@ def test_a_loss_that_is_not_finite_moves_only_the_step():
 
 
 def test_draws_depend_on_seed_step_and_row_only():
-    config = tiny_config()
-    recipe, _, _, _ = start(config)
+    recipe, *_ = default_start()
     few, many = (vqgan.draw_noise(recipe, jnp.asarray(5), rows) for rows in (3, 8))
     np.testing.assert_array_equal(few.slices, many.slices[:3])
     other = vqgan.draw_noise(recipe, jnp.asarray(6), 8)
     assert (np.asarray(other.slices) != np.asarray(many.slices)).any()
-    first, last = perceptual.slice_range(config.data.roi_size[0])
+    first, last = perceptual.slice_range(16)
     drawn = np.asarray(vqgan.draw_noise(recipe, jnp.asarray(0), 300).slices)
     assert set(np.unique(drawn)) == set(range(first, last))
     assert perceptual.slice_range(128) == (30, 98)
