@@ -1,0 +1,176 @@
+"""Convolutions against `lax.conv_general_dilated` and its own derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vqroi_jax.models import convolution, slab_convolution
+from vqroi_jax.models.convolution import conv3d, upsample_conv3d
+
+CASES = {  # batch, sides, in, out, kernel, stride, padding
+    'k3': (2, (5, 6, 7), 3, 4, 3, 1, 1),
+    'k3, one slice': (1, (1, 6, 5), 2, 3, 3, 1, 1),
+    'k3, no padding': (1, (7, 8, 9), 2, 3, 3, 1, 0),
+    'k3, full padding': (1, (6, 4, 5), 2, 3, 3, 1, 2),
+    'k3, many slabs, the last short': (2, (3, 11, 8), 2, 3, 3, 1, 1),
+    'k4 stride 2': (2, (8, 8, 8), 3, 5, 4, 2, 1),
+    'k4 stride 2, one channel, odd sides': (1, (9, 4, 7), 1, 4, 4, 2, 1),
+    'k3 stride 2, odd sides': (2, (7, 9, 5), 3, 4, 3, 2, 1),
+    'k3 stride 3': (1, (7, 8, 9), 2, 3, 3, 3, 0),
+    'k4, one result': (1, (4, 4, 4), 2, 1, 4, 1, 0),
+    'k4, no padding': (2, (6, 5, 7), 2, 3, 4, 1, 0),
+    'k2': (1, (5, 7, 6), 2, 3, 2, 1, 1),
+    'k1': (2, (4, 5, 6), 3, 4, 1, 1, 0),
+    'k1 stride 2': (1, (9, 8, 7), 2, 2, 1, 2, 0),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_slabs(monkeypatch):
+    """Slabs so small that even these volumes are cut into several."""
+    monkeypatch.setattr(slab_convolution, '_SLAB_WINDOWS', 40)
+
+
+def plain(x, kernel, bias, stride, padding):
+    numbers = ('NDHWC', 'DHWIO', 'NDHWC')
+    return lax.conv_general_dilated(x, kernel, (stride,) * 3, ((padding,) * 2,) * 3, dimension_numbers=numbers) + bias
+
+
+def arguments(batch, sides, channels, features, k, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = (batch, *sides, channels), (k, k, k, channels, features), (features,)
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+
+def result_and_gradients(function, inputs):
+    result, pull = jax.vjp(function, *inputs)
+    return result, *pull(jnp.asarray(np.random.default_rng(1).normal(size=result.shape), result.dtype))
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    """Same shapes and dtypes, and differences small beside the largest value."""
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
+
+
+@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+def test_equals_lax_with_all_gradients(case):
+    *sizes, stride, padding = case
+    inputs = arguments(*sizes)
+    ours = jax.jit(lambda *inputs: conv3d(*inputs, stride=stride, padding=padding))
+    theirs = jax.jit(lambda *inputs: plain(*inputs, stride, padding))
+    assert_same(result_and_gradients(ours, inputs), result_and_gradients(theirs, inputs))
+
+
+@pytest.mark.parametrize('case', ['k3', 'k4 stride 2, one channel, odd sides'])
+def test_the_branch_of_other_platforms_equals_lax(case, monkeypatch):
+    monkeypatch.setattr(lax, 'platform_dependent', lambda *inputs, cpu, default: default(*inputs))
+    test_equals_lax_with_all_gradients(CASES[case])
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+def test_other_platforms_get_their_own_convolutions_and_no_loop(platform):
+    x, kernel, _ = arguments(*CASES['k4 stride 2'][:5])
+    program = jax.jit(jax.grad(lambda *inputs: conv3d(*inputs, stride=2, padding=1).sum(), argnums=(0, 1)))
+    text = program.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count('stablehlo.convolution') >= 2
+    assert 'while' not in text
+    assert 'while' in program.trace(x, kernel).lower(lowering_platforms=('cpu',)).as_text()
+
+
+@pytest.mark.parametrize('case', ['k3', 'k4 stride 2', 'k1'])
+def test_bfloat16_is_summed_in_float32(case):
+    *sizes, stride, padding = CASES[case]
+    inputs = arguments(*sizes, dtype=jnp.bfloat16)
+    ours = result_and_gradients(lambda *inputs: conv3d(*inputs, stride=stride, padding=padding), inputs)
+    wide = result_and_gradients(
+        lambda *inputs: plain(*inputs, stride, padding), [value.astype(jnp.float32) for value in inputs]
+    )
+    assert {value.dtype for value in ours} == {jnp.dtype(jnp.bfloat16)}
+    assert_same([value.astype(jnp.float32) for value in ours], wide, tolerance=2**-7)
+
+
+@pytest.mark.parametrize('sizes', [(2, (5, 4, 3), 3, 4, 3), (1, (1, 2, 1), 2, 1, 3)], ids=['odd', 'tiny'])
+def test_upsampling_equals_repeating_and_convolving(sizes):
+    def theirs(x, kernel, bias):
+        for axis in (1, 2, 3):
+            x = x.repeat(2, axis)
+        return plain(x, kernel, bias, 1, 1)
+
+    inputs = arguments(*sizes)
+    assert_same(result_and_gradients(jax.jit(upsample_conv3d), inputs), result_and_gradients(theirs, inputs))
+
+
+@pytest.mark.parametrize('argument', [0, 1, 2])
+def test_gradient_in_one_argument_alone(argument):
+    inputs = arguments(*CASES['k3'][:5])
+    ours = jax.grad(lambda *inputs: jnp.sum(conv3d(*inputs, padding=1) ** 2), argnums=argument)(*inputs)
+    theirs = jax.grad(lambda *inputs: jnp.sum(plain(*inputs, 1, 1) ** 2), argnums=argument)(*inputs)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize('case', ['k3', 'k4 stride 2, one channel, odd sides'])
+def test_second_derivatives(case):
+    *sizes, stride, padding = CASES[case]
+    inputs = arguments(*sizes)
+
+    def penalty(convolve):
+        def steepness(*inputs):
+            gradients = jax.grad(lambda *inputs: jnp.sum(jnp.tanh(convolve(*inputs))), argnums=(0, 1))(*inputs)
+            return sum(jnp.sum(gradient**2) for gradient in gradients)
+
+        return jax.jit(jax.grad(steepness, argnums=(0, 1, 2)))(*inputs)
+
+    ours = penalty(lambda *inputs: conv3d(*inputs, stride=stride, padding=padding))
+    assert_same(ours, penalty(lambda *inputs: plain(*inputs, stride, padding)), tolerance=1e-4)
+
+
+def test_forward_mode_raises():
+    x, kernel, _ = arguments(*CASES['k3'][:5])
+    with pytest.raises(TypeError, match='forward-mode'):
+        jax.jvp(lambda x: conv3d(x, kernel, padding=1), (x,), (x,))
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'padding'),
+    [((3, 3, 1, 3, 4), 1), ((3, 3, 3, 2, 4), 1), ((3, 3, 3, 3, 4), 3), ((3, 3, 3, 3, 4), -1), ((6, 6, 6, 3, 4), 0)],
+    ids=['not cubic', 'channels', 'too much padding', 'negative padding', 'larger than the volume'],
+)
+def test_refuses_what_does_not_fit(kernel, padding):
+    with pytest.raises(ValueError, match='does not fit'):
+        conv3d(jnp.zeros((1, 5, 5, 5, 3)), jnp.zeros(kernel), padding=padding)
+
+
+def test_a_sharded_batch_stays_sharded():
+    mesh = Mesh(np.asarray(jax.devices()), ('data',))
+    rows, whole = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())
+    x, kernel, _ = arguments(8, (6, 6, 6), 3, 3, 3)
+    stride_kernel = arguments(8, (6, 6, 6), 3, 3, 4)[1]
+
+    def loss(x, kernel, stride_kernel):
+        x = jnp.tanh(conv3d(x, kernel, padding=1))
+        x = jnp.tanh(upsample_conv3d(x, kernel))
+        return jnp.mean(conv3d(x, stride_kernel, stride=2, padding=1) ** 2)
+
+    step = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    sharded = jax.jit(step, in_shardings=(rows, whole, whole), out_shardings=(whole, (rows, whole, whole)))
+    text = sharded.lower(x, kernel, stride_kernel).compile().as_text()
+    assert 'all-reduce' in text
+    assert not any(collective in text for collective in ('all-gather', 'all-to-all', 'collective-permute'))
+    assert_same(sharded(x, kernel, stride_kernel), jax.jit(step)(x, kernel, stride_kernel))
+
+
+def test_memory_beside_arguments_and_results_is_a_few_slices():
+    """No copy the size of the volume, neither padded nor of windows."""
+    x, kernel, bias = arguments(1, (64, 32, 32), 8, 8, 3)
+    for function in (
+        lambda *inputs: conv3d(*inputs, padding=1),
+        lambda *inputs: convolution._gradients(*inputs[:2], inputs[0], 1, 1, (True, True)),
+    ):
+        memory = jax.jit(function).lower(x, kernel, bias).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < x.nbytes / 2

@@ -1,0 +1,146 @@
+"""Layers against Flax's own, their formulas, and the distributions that their parameters start from."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from vqroi_jax.models.layers import (
+    Conv3D,
+    Dense,
+    GroupNorm,
+    ResBlock,
+    UpsampleConv3D,
+    group_norm,
+    save_convolutions,
+    uniform_fan_in,
+)
+
+KEY = jax.random.key(0)
+VOLUME = jax.random.normal(KEY, (2, 4, 5, 6, 8))
+
+
+def shapes(parameters):
+    return jax.tree.map(jnp.shape, parameters)
+
+
+@pytest.mark.parametrize(
+    ('layer', 'kernel', 'result'),
+    [
+        (Conv3D(3, kernel_size=4, stride=2, padding=1), (4, 4, 4, 8, 3), (2, 2, 2, 3, 3)),
+        (Conv3D(5, kernel_size=1), (1, 1, 1, 8, 5), (2, 4, 5, 6, 5)),
+        (UpsampleConv3D(3), (3, 3, 3, 8, 3), (2, 8, 10, 12, 3)),
+        (Dense(7), (8, 7), (2, 4, 5, 6, 7)),
+    ],
+    ids=['strided', '1x1x1', 'upsampling', 'dense'],
+)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_shapes_and_dtypes(layer, kernel, result, dtype):
+    y, variables = layer.clone(dtype=dtype).init_with_output(KEY, VOLUME)
+    assert (y.shape, y.dtype) == (result, dtype)
+    assert shapes(variables['params']) == {'kernel': kernel, 'bias': kernel[-1:]}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+
+
+def test_the_bias_is_added():
+    for layer in (Conv3D(3, padding=1), UpsampleConv3D(3)):
+        variables = layer.init(KEY, VOLUME)
+        shifted = jax.tree_util.tree_map_with_path(lambda path, x: x + 2 * (path[-1].key == 'bias'), variables)
+        difference = layer.apply(shifted, VOLUME) - layer.apply(variables, VOLUME)
+        np.testing.assert_allclose(difference, 2, atol=1e-5)
+
+
+def test_initial_values():
+    normal = Conv3D(64, kernel_size=4).init(KEY, jnp.zeros((1, 4, 4, 4, 16)))['params']
+    assert np.std(normal['kernel']) == pytest.approx(0.02, rel=0.02)
+    assert np.mean(normal['kernel']) == pytest.approx(0, abs=1e-3)
+    uniform = Conv3D(64, kernel_size=4, kernel_init=uniform_fan_in).init(KEY, jnp.zeros((1, 4, 4, 4, 16)))['params']
+    bound = 1 / math.sqrt(4**3 * 16)
+    for values in (normal['bias'], uniform['kernel'], uniform['bias']):
+        assert np.abs(values).max() == pytest.approx(bound, rel=0.1)
+        assert np.abs(values).max() <= bound
+        assert np.std(values) == pytest.approx(bound / math.sqrt(3), rel=0.2)
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 4, 5, 16), (3, 16)], ids=['volume', 'vector'])
+def test_group_norm_and_its_derivatives_equal_flax(shape):
+    keys = jax.random.split(KEY, 4)
+    x, gradient = jax.random.normal(keys[0], shape) + 2, jax.random.normal(keys[1], shape)
+    scale, bias = (jax.random.normal(key, shape[-1:]) for key in keys[2:])
+    reference = nn.GroupNorm(4, epsilon=1e-6, use_fast_variance=False)
+
+    def ours(x, scale, bias):
+        return group_norm(x, scale, bias, 4, 1e-6)
+
+    def theirs(x, scale, bias):
+        return reference.apply({'params': {'scale': scale, 'bias': bias}}, x)
+
+    def everything(norm):
+        y, pull = jax.vjp(norm, x, scale, bias)
+
+        def steepness(*inputs):
+            return jnp.sum(jax.grad(lambda x: jnp.sum(norm(x, *inputs[1:]) * gradient))(inputs[0]) ** 2)
+
+        return y, *pull(gradient), *jax.grad(steepness, argnums=(0, 1))(x, scale, bias)
+
+    for one, other in zip(jax.jit(lambda: everything(ours))(), everything(theirs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+
+
+def test_group_norm_takes_its_statistics_in_float32():
+    """bfloat16 has 8 bits: sums of thousands of values would be far off."""
+    x = (jax.random.normal(KEY, (1, 16, 16, 16, 8)) + 3).astype(jnp.bfloat16)
+    y, variables = GroupNorm(num_groups=4, dtype=jnp.bfloat16).init_with_output(KEY, x)
+    assert y.dtype == jnp.bfloat16
+    assert shapes(variables['params']) == {'scale': (8,), 'bias': (8,)}
+    grouped = np.asarray(y, np.float64).reshape(-1, 4, 2)
+    np.testing.assert_allclose(grouped.mean((0, 2)), 0, atol=2e-3)
+    np.testing.assert_allclose(grouped.std((0, 2)), 1, atol=2e-3)
+    assert y[..., :2].astype(jnp.float32).std() == pytest.approx(1, abs=2e-3)
+
+
+def test_group_norm_refuses_groups_that_do_not_divide():
+    with pytest.raises(ValueError, match='3 groups do not divide 8 channels'):
+        GroupNorm(num_groups=3).init(KEY, VOLUME)
+
+
+def test_res_block_is_its_formula_with_one_shared_norm():
+    block = ResBlock(nn.relu, num_groups=4)
+    parameters = block.init(KEY, VOLUME)['params']
+    convolution = {'kernel': (3, 3, 3, 8, 8), 'bias': (8,)}
+    assert shapes(parameters) == {
+        'conv_0': convolution,
+        'conv_1': convolution,
+        'norm': {'scale': (8,), 'bias': (8,)},
+    }
+    parameters['norm'] = {'scale': jnp.arange(1.0, 9.0), 'bias': jnp.arange(8.0) - 4}
+    hidden = VOLUME
+    for name in ('conv_0', 'conv_1'):
+        numbers = ('NDHWC', 'DHWIO', 'NDHWC')
+        hidden = lax.conv_general_dilated(
+            hidden, parameters[name]['kernel'], (1, 1, 1), 'SAME', dimension_numbers=numbers
+        )
+        hidden = nn.GroupNorm(4).apply({'params': parameters['norm']}, hidden + parameters[name]['bias'])
+        hidden = jnp.maximum(hidden, 0)
+    np.testing.assert_allclose(block.apply({'params': parameters}, VOLUME), VOLUME + hidden, atol=1e-4)
+
+
+def test_rematerialisation_keeps_convolutions_alone_and_changes_no_gradient():
+    block = ResBlock(nn.relu, num_groups=4)
+    remat = nn.remat(ResBlock, policy=save_convolutions)(nn.relu, num_groups=4)
+    variables = block.init(KEY, VOLUME)
+
+    def loss(module):
+        return lambda variables, x: jnp.sum(module.apply(variables, x))
+
+    def kept(module):
+        return sum(x.shape == VOLUME.shape for x in jax.tree.leaves(jax.vjp(loss(module), variables, VOLUME)[1]))
+
+    assert kept(remat) == 3 < kept(block)  # the input and what the two convolutions gave
+    gradients = (jax.jit(jax.grad(loss(module), argnums=(0, 1)))(variables, VOLUME) for module in (block, remat))
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
