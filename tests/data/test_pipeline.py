@@ -65,6 +65,14 @@ def test_a_split_smaller_than_a_batch_goes_round():
     assert all(sorted(stream[start : start + 2]) == [0, 1] for start in range(0, 20, 2))
 
 
+@pytest.mark.parametrize(('length', 'batch_size'), [(5, 1), (1, 1), (7, 3)])
+def test_the_stream_has_no_end_that_a_run_could_reach(length, batch_size):
+    batches = Batches(make_source(length), batch_size, seed=0)
+    iterator = batches.iterator()
+    assert_same(next(iterator), batches.batch_at(0))
+    assert batches.batch_at(10**12)['index'].shape == (batch_size,)
+
+
 def test_unshuffled_keeps_the_order():
     assert rows(Batches(make_source(3), 4, seed=0, shuffle=False), range(2)) == [0, 1, 2, 0, 1, 2, 0, 1]
 

@@ -28,6 +28,8 @@ FORMAT = 1  # of cohort.json and the records: raise it when either changes
 
 Batch = dict[str, np.ndarray]
 
+_STREAM_ROWS = 2**50  # ROIs that a training stream holds: for ever
+
 
 class RoiSource:
     """Random access to the ROIs of one split, in the order of `splits.json`; what Grain calls a data source."""
@@ -169,7 +171,9 @@ class Batches:
         order = grain.MapDataset.range(len(source))
         if shuffle:
             order = order.shuffle(seed=seed)  # Grain adds the epoch's number to the seed
-        self._batches = order.repeat().batch(batch_size).map(lambda index: _load(source, index[rows]))
+        # Not `repeat()`: the length of an endless stream in batches of 1 does not fit Python's `len`.
+        order = order.repeat(_STREAM_ROWS // len(source) + 1)
+        self._batches = order.batch(batch_size).map(lambda index: _load(source, index[rows]))
 
     def batch_at(self, n: int) -> Batch:
         """This process's rows of global batch `n`.
