@@ -123,7 +123,13 @@ def _gradients(x, kernel, gradient, stride, padding, wanted):
             (partial(_fold_kernel, stride=stride), kernel),
         )
         folded = [fold(argument) for fold, argument in folds]
-        results = slab_convolution.gradients(*folded, gradient, _folded_padding(stride, padding), wanted)
+        left = _folded_padding(stride, padding)
+        if stride == 1:
+            results = slab_convolution.gradients(*folded, gradient, left, wanted)
+        else:  # apart: the windows cost little here, and the compiler can drop what the caller drops
+            x_gradient, _ = slab_convolution.gradients(*folded, gradient, left, (wanted[0], False))
+            _, kernel_gradient = slab_convolution.gradients(*folded, gradient, left, (False, wanted[1]))
+            results = x_gradient, kernel_gradient
         return tuple(
             None if result is None else jax.linear_transpose(fold, argument)(result)[0]
             for result, (fold, argument) in zip(results, folds, strict=True)

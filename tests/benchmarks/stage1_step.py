@@ -1,0 +1,197 @@
+"""How long does a training step of stage 1 take, and how much memory, beside the same step in PyTorch?
+
+    python tests/benchmarks/stage1_step.py [--side=128] [--repeats=3] [--only=ours] [--config.FIELD=VALUE …]
+
+Paper scale, batch 1, float32, all loss terms on. The PyTorch side is the oracle of the parity tests. Both sides run in
+one process, a step of one after a step of the other; memory is the peak of resident memory of a process that does
+nothing else. Operations are counted as each side does them (multiplications and additions in matrix products and
+convolutions, PyTorch's by its own counter). Prints a Markdown table.
+"""
+
+import argparse
+import gc
+import math
+import os
+import resource
+import runpy
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.extend.core import Jaxpr
+
+from vqroi_jax.training import partitioning, vqgan
+
+ROOT = Path(__file__).parents[2]
+MEMORY_STEPS = 2  # of the process that measures memory: the second shows what a run needs while it goes on
+
+
+def settings(side: int, changes: Mapping[str, str]) -> ml_collections.ConfigDict:
+    """The paper's config at batch 1, with codebook and adversarial terms on from the first step."""
+    config = runpy.run_path(str(ROOT / 'configs' / 'vqgan.py'))['get_config']('paper')
+    config.batch_size = 1
+    config.data.roi_size = (side,) * 3
+    config.losses.adversarial_start = '0 steps'
+    for field, value in changes.items():
+        *block, name = field.split('.')
+        place = config[block[0]] if block else config
+        place[name] = type(place[name])(value)
+    return config
+
+
+def volume(side: int) -> np.ndarray:
+    """One volume, float32 [1, side, side, side, 1] in [-1, 1]; the time does not depend on what it shows."""
+    return np.random.default_rng(0).uniform(-1, 1, (1, side, side, side, 1)).astype(np.float32)
+
+
+def our_step(config: ml_collections.ConfigDict) -> tuple[Callable[[], None], Callable[[], float]]:
+    """Compiles our step; returns a function that takes one step and one that counts its operations."""
+    mesh = partitioning.make_mesh(1)
+    recipe = vqgan.make_recipe(config, classes=2, steps_per_epoch=94)
+    numpy_batch = {'volume': volume(config.data.roi_size[0]), 'label': np.zeros(1, np.int32)}
+    batch = partitioning.put_batch(numpy_batch, mesh)
+    state = [vqgan.create_state(recipe, mesh)]
+    step = vqgan.make_train_step(recipe, mesh)
+
+    def run() -> None:
+        state[0], metrics = step(state[0], batch)
+        if not metrics['finite']:
+            raise FloatingPointError('our step is not finite')
+
+    return run, lambda: count_operations(jax.make_jaxpr(step)(state[0], batch).jaxpr)
+
+
+def pytorch_step(config: ml_collections.ConfigDict) -> tuple[Callable[[], None], Callable[[], float]]:
+    """The oracle's step, likewise."""
+    sys.path.insert(0, str(ROOT / 'tests'))
+    import torch
+    from oracle import torch_losses, torch_training, torch_vqgan
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.manual_seed(0)
+    side, rng = config.data.roi_size[0], np.random.default_rng(0)
+    sizes = torch_vqgan.Sizes(volume=side, channels=config.model.channels)
+    trainer = torch_training.Trainer(sizes, torch_training.Recipe(), torch_losses.LPIPS())
+    real = torch.from_numpy(volume(side)).movedim(-1, 1)
+    slices = torch.from_numpy(rng.integers(side // 4, 3 * side // 4, (1, config.losses.slices)))
+
+    def run() -> None:
+        losses = trainer.step(real, torch.zeros(1, dtype=torch.int64), slices)
+        if not math.isfinite(losses['loss']):
+            raise FloatingPointError("PyTorch's step is not finite")
+
+    def count() -> float:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    return run, count
+
+
+SIDES = {'PyTorch': pytorch_step, 'ours': our_step}
+
+
+def count_operations(jaxpr: Jaxpr, platform: str = 'cpu') -> float:
+    """Multiplications and additions in a program's matrix products and convolutions, loops counted as often as run."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, values = equation.primitive.name, equation.params
+        if name == 'dot_general':
+            (contracted, _), _ = values['dimension_numbers']
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * equation.outvars[0].aval.size
+        elif name == 'conv_general_dilated':
+            numbers, kernel = values['dimension_numbers'], equation.invars[1].aval
+            features = kernel.shape[numbers.rhs_spec[0]]
+            total += 2 * equation.outvars[0].aval.size * kernel.size / features / values['batch_group_count']
+        elif name == 'cond' and values.get('branches_platforms') is not None:
+            chosen = next(
+                i for i, names in enumerate(values['branches_platforms']) if names is None or platform in names
+            )
+            total += count_operations(values['branches'][chosen].jaxpr, platform)
+        else:
+            times = values['length'] if name == 'scan' else 1
+            for value in jax.tree.leaves(tuple(values.values()), is_leaf=lambda leaf: hasattr(leaf, 'eqns')):
+                inner = getattr(value, 'jaxpr', value)
+                if hasattr(inner, 'eqns'):
+                    total += times * count_operations(inner, platform)
+    return total
+
+
+def seconds(run: Callable[[], None]) -> tuple[float, float]:
+    """Time of one call: on the clock, and of all cores together, which other programs disturb less."""
+    start, cores_start = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start, time.process_time() - cores_start
+
+
+def product_rate() -> float:
+    """Operations a second of a 4096 x 4096 float32 matrix product: what this machine can do."""
+    a = jnp.ones((4096, 4096))
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    return 2 * 4096**3 / statistics.median(seconds(lambda: product(a, a).block_until_ready())[0] for _ in range(7))
+
+
+def peak_memory(arguments: list[str], name: str) -> float:
+    """Peak resident bytes of a process that takes a few steps of one side."""
+    command = [sys.executable, __file__, *arguments, f'--memory={name}']
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def main(arguments: list[str]) -> None:
+    """Measures and prints the table; with --memory, the figure of one side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--side', type=int, default=128, help='voxels')
+    parser.add_argument('--repeats', type=int, default=3, help='timed steps of each side')
+    parser.add_argument('--only', choices=tuple(SIDES), help='measure one side')
+    parser.add_argument('--memory', choices=tuple(SIDES), help=argparse.SUPPRESS)
+    options, fields = parser.parse_known_args(arguments)
+    config = settings(options.side, dict(field.removeprefix('--config.').split('=', 1) for field in fields))
+
+    if options.memory:
+        run, _ = SIDES[options.memory](config)
+        for _ in range(MEMORY_STEPS):
+            run()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+
+    names = [options.only] if options.only else list(SIDES)
+    memory = {name: peak_memory(arguments, name) for name in names}
+    rate = product_rate()
+    sides = {name: SIDES[name](config) for name in names}
+    operations = {name: count() for name, (_, count) in sides.items()}
+    times = {name: [] for name in names}
+    for repeat in range(options.repeats + 1):
+        for name, (run, _) in sides.items():
+            gc.collect()
+            elapsed = seconds(run)
+            if repeat > 0:  # the first compiles and warms up
+                times[name].append(elapsed)
+    print(f'{options.side}³, batch 1, float32, {os.cpu_count()} cores, matrix product {rate / 1e9:.0f} GFLOP/s\n')
+    print('| | seconds a step (all) | core seconds a step | peak memory | TFLOP a step | GFLOP/s |')
+    print('| --- | --- | --- | --- | --- | --- |')
+    medians = {name: [statistics.median(column) for column in zip(*times[name], strict=True)] for name in names}
+    for name, (median, core_median) in medians.items():
+        print(
+            f'| {name} | {median:.1f} ({", ".join(f"{clock:.1f}" for clock, _ in times[name])}) | {core_median:.1f} '
+            f'| {memory[name] / 1e9:.1f} GB | {operations[name] / 1e12:.2f} | {operations[name] / median / 1e9:.0f} |'
+        )
+    if len(names) == 2:
+        theirs, ours = medians.values()
+        ratios = [one / other for one, other in zip(theirs, ours, strict=True)]
+        print(
+            f'\nPyTorch / ours: time {ratios[0]:.2f}, core time {ratios[1]:.2f}, '
+            f'memory {memory["PyTorch"] / memory["ours"]:.2f}'
+        )
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
