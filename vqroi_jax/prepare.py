@@ -155,7 +155,7 @@ def cohort_table(report: Mapping) -> str:
     """
     scans = report['scans']
     patients = len({scan['patient'] for scan in scans})
-    kind = 'SYNTHETIC phantoms' if report['synthetic'] else f'layout {report["layout"]}'
+    kind = f'layout {report["layout"]}' + (', with SYNTHETIC phantoms' if report['synthetic'] else '')
     lines = [f'{report["path"]} ({kind}): {patients} patients, {len(scans)} scans', '', *_class_lines(report), '']
     for title, field, form in (('voxels', 'shape', 'd'), ('spacing, mm', 'spacing', 'g')):
         found = Counter(' x '.join(f'{side:{form}}' for side in scan[field]) for scan in scans)
@@ -226,7 +226,7 @@ def _open_as_asked(data: ConfigDict) -> PreparedCohort:
     ]
     print(
         f'Using the ROIs of {len(prepared.scans)} scans prepared in {data.path}'
-        + (' (SYNTHETIC phantoms)' if prepared.report['synthetic'] else '')
+        + (' (with SYNTHETIC phantoms)' if prepared.report['synthetic'] else '')
         + (f', as they are there: {", ".join(differ)}.' if differ else '.')
     )
     return prepared
