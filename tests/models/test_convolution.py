@@ -32,6 +32,7 @@ CASES = {  # batch, sides, in, out, kernel, stride, padding
 def small_slabs(monkeypatch):
     """Slabs so small that even these volumes are cut into several."""
     monkeypatch.setattr(slab_convolution, '_SLAB_WINDOWS', 40)
+    monkeypatch.setattr(slab_convolution, '_SLAB_NUMBERS', 40)
 
 
 def plain(x, kernel, bias, stride, padding):

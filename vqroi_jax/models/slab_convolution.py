@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_SLAB_WINDOWS = 1024  # windows in a slab: at 32 channels and k3 their copies are 1.2 MB, for the second-level cache
+_SLAB_WINDOWS = 1024  # least number of windows in a slab: products with fewer rows are slower
+_SLAB_NUMBERS = 2**16  # of `x` in a slab: with k3 the windows then hold 2.4 MB, which the caches do
 
 
 def convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int) -> jax.Array:
@@ -94,7 +95,7 @@ def _walk(
     """
     batch, depth, _, _, channels = x.shape
     features = bias.shape[0]
-    slabs, rows = _slabs(batch, *sides[1:])
+    slabs, rows = _slabs(batch, *sides[1:], channels)
     extra_rows = slabs * rows - sides[1]  # of zeros, to fill the last slab
     weights = None if kernel is None else jnp.moveaxis(kernel, 0, 3).reshape(-1, k * features)
 
@@ -144,9 +145,10 @@ def _walk(
     return y, total
 
 
-def _slabs(batch: int, height: int, width: int) -> tuple[int, int]:
+def _slabs(batch: int, height: int, width: int, channels: int) -> tuple[int, int]:
     """Splits `height` rows into slabs; returns how many there are and the rows of each."""
-    rows = -(-height // max(1, round(batch * height * width / _SLAB_WINDOWS)))
+    windows = max(_SLAB_WINDOWS, _SLAB_NUMBERS // channels)
+    rows = -(-height // max(1, round(batch * height * width / windows)))
     return -(-height // rows), rows
 
 
