@@ -134,6 +134,7 @@ def _in_processes(scans: Sequence[Scan], data: ConfigDict, folder: Path) -> Iter
             yield position, crop_scan(scan, data, crop_path(folder, position))
         return
     # Spawned, not forked: JAX's threads may run here already, and a fork would copy their locks.
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), initializer=_die_with_parent)
     try:
         futures = {
@@ -142,6 +143,11 @@ def _in_processes(scans: Sequence[Scan], data: ConfigDict, folder: Path) -> Iter
         }
         for future in as_completed(futures):
             yield futures[future], future.result()
+    except BrokenProcessPool:
+        # A worker that starts while the pool breaks is not ended by it, and shutting down would wait for it for ever.
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
