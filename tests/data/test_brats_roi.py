@@ -143,9 +143,10 @@ def test_a_process_that_is_killed_is_told(tmp_path):
     never = [Scan(name, name, 'LGG', tmp_path / 'never.nii', tmp_path / 'never.nii') for name in 'ab']
 
     def kill_one():
-        while not (children := multiprocessing.active_children()):
+        # The pool looks after a worker that it started last only once another has done something: kill the first.
+        while len(children := multiprocessing.active_children()) < 2:
             time.sleep(0.01)
-        children[0].kill()
+        min(children, key=lambda child: child.pid).kill()
 
     data = DATA.copy_and_resolve_references()
     data.workers = 2
