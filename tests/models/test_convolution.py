@@ -12,7 +12,6 @@ from vqroi_jax.models.convolution import conv3d, upsample_conv3d
 
 CASES = {  # batch, sides, in, out, kernel, stride, padding
     'k3': (2, (5, 6, 7), 3, 4, 3, 1, 1),
-    'k3, one slice': (1, (1, 6, 5), 2, 3, 3, 1, 1),
     'k3, no padding': (1, (7, 8, 9), 2, 3, 3, 1, 0),
     'k3, full padding': (1, (6, 4, 5), 2, 3, 3, 1, 2),
     'k3, many slabs, the last short': (2, (3, 11, 8), 2, 3, 3, 1, 1),
@@ -21,8 +20,6 @@ CASES = {  # batch, sides, in, out, kernel, stride, padding
     'k3 stride 2, odd sides': (2, (7, 9, 5), 3, 4, 3, 2, 1),
     'k3 stride 3': (1, (7, 8, 9), 2, 3, 3, 3, 0),
     'k4, one result': (1, (4, 4, 4), 2, 1, 4, 1, 0),
-    'k4, no padding': (2, (6, 5, 7), 2, 3, 4, 1, 0),
-    'k2': (1, (5, 7, 6), 2, 3, 2, 1, 1),
     'k1': (2, (4, 5, 6), 3, 4, 1, 1, 0),
     'k1 stride 2': (1, (9, 8, 7), 2, 2, 1, 2, 0),
 }
@@ -47,8 +44,11 @@ def arguments(batch, sides, channels, features, k, dtype=jnp.float32):
 
 
 def result_and_gradients(function, inputs):
-    result, pull = jax.vjp(function, *inputs)
-    return result, *pull(jnp.asarray(np.random.default_rng(1).normal(size=result.shape), result.dtype))
+    def everything(*inputs):
+        result, pull = jax.vjp(function, *inputs)
+        return result, *pull(jnp.asarray(np.random.default_rng(1).normal(size=result.shape), result.dtype))
+
+    return jax.jit(everything)(*inputs)
 
 
 def assert_same(ours, theirs, tolerance=1e-5):
@@ -63,9 +63,9 @@ def assert_same(ours, theirs, tolerance=1e-5):
 def test_equals_lax_with_all_gradients(case):
     *sizes, stride, padding = case
     inputs = arguments(*sizes)
-    ours = jax.jit(lambda *inputs: conv3d(*inputs, stride=stride, padding=padding))
-    theirs = jax.jit(lambda *inputs: plain(*inputs, stride, padding))
-    assert_same(result_and_gradients(ours, inputs), result_and_gradients(theirs, inputs))
+    ours = result_and_gradients(lambda *inputs: conv3d(*inputs, stride=stride, padding=padding), inputs)
+    theirs = result_and_gradients(lambda *inputs: plain(*inputs, stride, padding), inputs)
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize('case', ['k3', 'k4 stride 2, one channel, odd sides'])
@@ -104,15 +104,18 @@ def test_upsampling_equals_repeating_and_convolving(sizes):
         return plain(x, kernel, bias, 1, 1)
 
     inputs = arguments(*sizes)
-    assert_same(result_and_gradients(jax.jit(upsample_conv3d), inputs), result_and_gradients(theirs, inputs))
+    assert_same(result_and_gradients(upsample_conv3d, inputs), result_and_gradients(theirs, inputs))
 
 
 @pytest.mark.parametrize('argument', [0, 1, 2])
 def test_gradient_in_one_argument_alone(argument):
     inputs = arguments(*CASES['k3'][:5])
-    ours = jax.grad(lambda *inputs: jnp.sum(conv3d(*inputs, padding=1) ** 2), argnums=argument)(*inputs)
-    theirs = jax.grad(lambda *inputs: jnp.sum(plain(*inputs, 1, 1) ** 2), argnums=argument)(*inputs)
-    assert_same(ours, theirs)
+
+    def gradient(convolve):
+        return jax.jit(jax.grad(lambda *inputs: jnp.sum(convolve(*inputs) ** 2), argnums=argument))(*inputs)
+
+    ours = gradient(lambda *inputs: conv3d(*inputs, padding=1))
+    assert_same(ours, gradient(lambda *inputs: plain(*inputs, 1, 1)))
 
 
 @pytest.mark.parametrize('case', ['k3', 'k4 stride 2, one channel, odd sides'])
