@@ -4,7 +4,14 @@ import pathlib
 
 from setuptools import find_packages, setup
 
-TEST = ['pytest>=8.2', 'ruff>=0.15,<0.18', 'scikit-image>=0.24', 'scipy>=1.13', 'build>=1.2']
+TEST = [
+    'build>=1.2',
+    'hypothesis>=6.100',
+    'pytest>=8.2',
+    'ruff>=0.15,<0.18',
+    'scikit-image>=0.24',
+    'scipy>=1.13',
+]
 
 setup(
     name='vqroi_jax',

@@ -1,6 +1,13 @@
-"""Gives every test 8 CPU devices, and quick compilation rather than quick programs, before JAX starts."""
+"""Gives every test 8 CPU devices, and quick compilation rather than quick programs, before JAX starts.
+
+And what several tests of stage 2 begin with: a stage 1 that was trained for a moment.
+"""
 
 import os
+import pathlib
+import runpy
+
+import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = ' '.join(
@@ -11,3 +18,59 @@ os.environ['XLA_FLAGS'] = ' '.join(
         '--xla_llvm_disable_expensive_passes=true',
     )
 )
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+
+
+@pytest.fixture(scope='session')
+def tiny_vqgan(tmp_path_factory):
+    """Folder of a finished run of stage 1 on phantoms: 16³ voxels, 4³ tokens of 32 codes, two held-out patients."""
+    from vqroi_jax import train_vqgan
+
+    config = runpy.run_path(str(CONFIGS / 'vqgan.py'))['get_config']('smoke')
+    config.data.phantom.spacing = 8.0
+    config.data.phantom.patients = 5
+    config.data.roi_size = (16, 16, 16)
+    config.data.split.val = config.data.split.test = 1.0
+    config.discriminator.channels = (8,)
+    config.mesh.data = 1
+    config.batch_size = config.eval_batch_size = 2
+    config.codebook.warmup = '2 steps'
+    config.codebook.init_batches = 3
+    config.losses.adversarial_start = '3 steps'
+    config.training.duration = '4 steps'
+    config.training.eval_every = config.training.checkpoint_every = config.training.figures_every = '4 steps'
+    folder = tmp_path_factory.mktemp('stage1')
+    train_vqgan.run(config, folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def tiny_transformer_config(tiny_vqgan):
+    """Makes configs of the task `transformer` on that stage 1, with changes."""
+
+    def make(**changes):
+        config = runpy.run_path(str(CONFIGS / 'transformer.py'))['get_config']('smoke')
+        config.vqgan_workdir = str(tiny_vqgan)
+        config.mesh.data = 2
+        config.batch_size = config.eval_batch_size = 4
+        config.model.width = 16
+        config.sampling.sub_batch = 2
+        config.ema_decay = 0.9
+        config.training.duration = '8 steps'
+        config.training.eval_every = config.training.checkpoint_every = '4 steps'
+        config.training.figures_every = '8 steps'
+        config.update_from_flattened_dict(changes)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def tiny_transformer(tiny_transformer_config, tmp_path_factory):
+    """Folder of a run of stage 2 that was never stopped."""
+    from vqroi_jax import train_transformer
+
+    folder = tmp_path_factory.mktemp('stage2')
+    train_transformer.run(tiny_transformer_config(), folder)
+    return folder

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from vqroi_jax import viz
+from vqroi_jax.masking import Role
 
 REAL = Path(__file__).parents[2] / 'shared/real_cohort/LGG/TCGA-DU-7294/TCGA-DU-7294_flair.nii.gz'
 
@@ -165,6 +166,58 @@ def test_flat_inputs_are_drawn():
     FigureCanvasAgg(figure).draw()
 
 
+def latent(n, shape, seed=0):
+    """Scores and roles of a grid of tokens; every role occurs."""
+    rng = np.random.default_rng(seed)
+    roles = rng.integers(0, len(Role), (n, *shape))
+    roles.reshape(-1)[: len(Role)] = list(Role)
+    return rng.uniform(0.2, 0.9, (n, *shape)).astype(np.float32), roles
+
+
+def test_masking_shows_importance_and_roles_slice_by_slice():
+    scores, roles = latent(2, (3, 4, 5))
+    figure = viz.masking(scores, roles, ['LGG', 'HGG'], ['a', 'b'])
+    shown = images(figure)[:12]  # the colour bar's comes last
+    for row in range(2):
+        heat, parts = shown[6 * row : 6 * row + 3], shown[6 * row + 3 : 6 * row + 6]
+        for place in range(3):
+            np.testing.assert_array_equal(heat[place].get_array(), scores[row, place].T)
+            np.testing.assert_array_equal(parts[place].get_array(), roles[row, place].T)
+            assert heat[place].get_clim() == pytest.approx((scores.min(), scores.max()))
+    colours = {role: tuple(parts[0].to_rgba(np.array([role]))[0]) for role in Role}
+    assert len(set(colours.values())) == len(Role)
+    legend = next(axes.get_legend() for axes in figure.axes if axes.get_legend())
+    meanings = [text.get_text() for text in legend.get_texts()]
+    order = (Role.START, Role.NEIGHBOUR, Role.FILL, Role.RANDOM, Role.KEPT)
+    for role, meaning, patch in zip(order, meanings, legend.get_patches(), strict=True):
+        assert meaning.startswith(role.name.lower())
+        assert patch.get_facecolor() == colours[role]
+        assert ('[MASK]' in meaning) == (role in (Role.START, Role.NEIGHBOUR, Role.FILL))
+    texts = [text.get_text() for text in figure.texts]
+    assert 'HGG  b' in texts
+    counts = ', '.join(f'{role.name.lower()} {np.sum(roles[1] == role)}' for role in order)
+    assert f'of 60 tokens: {counts}' in texts
+
+
+def test_masking_of_one_kind_explains_no_other():
+    roles = np.array([[[[0, 1, 1, 0]], [[0, 0, 0, 1]]]])
+    figure = viz.masking(np.full(roles.shape, 0.5), roles, ['LGG'], ['a'])
+    legend = next(axes.get_legend() for axes in figure.axes if axes.get_legend())
+    assert [text.get_text().split(':')[0] for text in legend.get_texts()] == ['start', 'kept']
+    assert 'of 8 tokens: start 3, kept 5' in [text.get_text() for text in figure.texts]
+
+
+def test_masking_shows_eight_slices_of_a_deep_grid_and_says_which():
+    scores, roles = latent(1, (20, 2, 2))
+    figure = viz.masking(scores, roles, ['LGG'], ['a'])
+    expected = [0, 3, 5, 8, 11, 14, 16, 19]
+    for image, place in zip(images(figure)[:8], expected, strict=True):
+        np.testing.assert_array_equal(image.get_array(), scores[0, place].T)
+    texts = [text.get_text() for text in figure.texts]
+    assert [int(text) for text in texts if text.isdigit()] == expected
+    assert any('8 of 20' in text for text in texts)
+
+
 def test_cohort_counts_every_patient():
     volumes = {'LGG': [3.0, 5.0, 80.0], 'HGG': list(np.linspace(10, 200, 40)), 'none': []}
     figure = viz.cohort(rois(2), ['LGG', 'HGG'], ['a', 'b'], volumes)
@@ -194,6 +247,8 @@ def test_inputs_of_unequal_number_are_refused():
         viz.contact_sheet(rois(2), ['a'], ['b', 'c'])
     with pytest.raises(ValueError, match='zip'):
         viz.reconstructions(rois(2), rois(2), np.ones((2, 2, 2, 2)), ['a'], ['b', 'c'])
+    with pytest.raises(ValueError, match='zip'):
+        viz.masking(*latent(2, (2, 2, 2)), ['a'], ['b', 'c'])
 
 
 # -------------------------------------------------------------------------------------------------- layout
@@ -206,6 +261,14 @@ def test_texts_do_not_overlap(n):
     scores = np.random.default_rng(0).uniform(size=(n, 4, 4, 4))
     assert not overlapping_texts(viz.cohort(volumes, labels, names, {'LGG': [3.0], 'HGG': [20.0]}, (4.0, 4.0, 4.0)))
     assert not overlapping_texts(viz.reconstructions(volumes, -volumes, scores, labels, names, (4.0, 4.0, 4.0)))
+
+
+@pytest.mark.parametrize('shape', [(8, 8, 8), (20, 2, 9), (20, 9, 2), (1, 2, 2)])
+def test_texts_of_masking_do_not_overlap(shape):
+    scores, roles = latent(4, shape)
+    names = [f'phantom_HGG_{i:04d}' for i in range(4)]
+    figure = viz.masking(scores, roles, ['LGG', 'HGG', 'LGG', 'HGG'], names)
+    assert not overlapping_texts(figure)
 
 
 def test_saving_is_whole_or_not_at_all(tmp_path):

@@ -30,7 +30,9 @@ from vqroi_jax.errors import InputError, Stopped
 TASKS = {
     'prepare': 'vqroi_jax.prepare',
     'vqgan': 'vqroi_jax.train_vqgan',
+    'transformer': 'vqroi_jax.train_transformer',
     'demo': 'vqroi_jax.demo',
+    'generate': 'vqroi_jax.generate',
 }
 
 

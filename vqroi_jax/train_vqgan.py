@@ -50,12 +50,11 @@ def train(config: ConfigDict, folder: Path) -> None:
     partitioning.check_batch('batch_size', config.batch_size, config.micro_batches, mesh)
     partitioning.check_batch('eval_batch_size', config.eval_batch_size, 1, mesh)
     cohort = open_cohort(config, folder / 'cohort')
-    batches = pipeline.Batches(cohort.split('train'), config.batch_size, config.seed, **_here())
+    batches = pipeline.Batches(cohort.split('train'), config.batch_size, config.seed, **partitioning.this_process())
     recipe = vqgan.make_recipe(config, len(cohort.classes), batches.steps_per_epoch)
     state = vqgan.create_state(recipe, mesh)
     if is_primary():
-        overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-        (folder / 'parameters.txt').write_text(f'{overview}\n', encoding='utf-8')
+        loop.write_parameters(folder, state.params)
         print(
             f'Stage 1: {parameter_overview.count_parameters(state.params):,} parameters and '
             f'{parameter_overview.count_parameters(state.discriminator):,} of the discriminator on '
@@ -154,7 +153,7 @@ def make_evaluation(
 
     def evaluate(state: vqgan.VQGANState) -> dict[str, float]:
         variables, parts = vqgan.evaluation_variables(state), []
-        for batch in pipeline.eval_batches(source, recipe.settings.eval_batch_size, **_here()):
+        for batch in pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process()):
             batch = partitioning.put_batch(batch, mesh)
             parts.append(jax.device_get(sums(look(variables, batch['volume']), batch)))
         by_class, patients, tokens = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
@@ -178,34 +177,24 @@ def make_figures(
 ) -> Callable[[vqgan.VQGANState], dict[str, Figure]]:
     """A function that draws the reconstructions of the first few ROIs of a split, evenly from its classes."""
     source, rows = cohort.split(split), recipe.settings.eval_batch_size
-    turns = [np.sum(source.labels[:i] == label) for i, label in enumerate(source.labels)]  # of each within its class
-    shown = np.sort(np.argsort(turns, kind='stable')[: recipe.settings.figure_rois])
+    shown = pipeline.first_of_each_class(source.labels, recipe.settings.figure_rois)
     volumes = np.stack([source.volume(i) for i in shown])
     labels = [cohort.classes[source.labels[i]] for i in shown]
     ids = [source.ids[i] for i in shown]
-    spacings = {tuple(cohort.scans[scan]['spacing']) for scan in ids}
-    spacing = spacings.pop() if len(spacings) == 1 else None
+    spacing = cohort.spacing(ids)
     first = list(range(0, len(shown), rows))
     padded = np.pad(volumes, [(0, len(first) * rows - len(shown)), *[(0, 0)] * 4], mode='edge')
-    mine = pipeline.process_rows(rows, **_here())
+    mine = pipeline.process_rows(rows, **partitioning.this_process())
     batches = [partitioning.put_batch({'volume': padded[i : i + rows][mine]}, mesh)['volume'] for i in first]
 
     def figures(state: vqgan.VQGANState) -> dict[str, Figure]:
-        seen = [look(vqgan.evaluation_variables(state), volume) for volume in batches]
-        if jax.process_count() > 1:
-            seen = [multihost_utils.process_allgather(one, tiled=True) for one in seen]
+        seen = [partitioning.gather(look(vqgan.evaluation_variables(state), volume)) for volume in batches]
         fakes, scores = (
-            np.concatenate([np.asarray(getattr(one, name)) for one in seen])[: len(shown)]
-            for name in ('reconstruction', 'scores')
+            np.concatenate([getattr(one, name) for one in seen])[: len(shown)] for name in ('reconstruction', 'scores')
         )
         return {'reconstructions': viz.reconstructions(volumes[..., 0], fakes[..., 0], scores, labels, ids, spacing)}
 
     return figures
-
-
-def _here() -> dict[str, int]:
-    """Which of the run's processes this is."""
-    return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
 
 
 def _codebook_warnings(metrics: dict[str, float], codes: int) -> list[str]:

@@ -17,19 +17,32 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from scipy import ndimage
+from scipy import ndimage, stats
+
+from vqroi_jax.masking import Role
 
 _DARK, _LIGHT, _FAINT = '#161616', '#e8e8e8', '#a0a0a0'  # behind images; text; lesser text
 _LINES = ('#e69f00', '#56b4e9', '#009e73', '#cc79a7', '#f0e442', '#d55e00', '#0072b2')  # Okabe and Ito's
 _DIFFERENCES = LinearSegmentedColormap.from_list('differences', ('#8fd8ff', '#2b78c2', '#202020', '#c24f2b', '#ffb98f'))
 _OVERLAY_OPACITY = 0.45
+_HAZE = -0.9  # what is darker in a decoded volume counts as background when its centre is looked for
 _DPI = 110
 _MARGIN, _GAP, _CAPTION = 0.3, 0.15, 0.24  # inches
 _SMALL, _TEXT, _TITLE = 7.5, 9.0, 12.0  # points
+_SLICES = 8  # of a grid of tokens, at most
+_SLICE, _NAME = 0.85, 0.95  # inches: the longer side of a slice of tokens; what a strip is called
+_ROLES = {  # of a token: colour and meaning
+    Role.START: (_LINES[0], 'start: drawn to become [MASK]'),
+    Role.NEIGHBOUR: (_LINES[4], 'neighbour: beside a start, becomes [MASK]'),
+    Role.FILL: (_LINES[3], 'fill: next in importance, becomes [MASK]'),
+    Role.RANDOM: (_LINES[1], 'random: becomes a random code'),
+    Role.KEPT: ('#3a3a3a', 'kept: stays as it is'),
+}
 _VIEW = "axial, coronal and sagittal slice through the tumour's centre of mass; the patient's right is on the left"
 
 
@@ -123,35 +136,118 @@ def reconstructions(
     Raises:
         ValueError: the arguments are not equally many.
     """
-    cell = _Cell.of(originals.shape[1:], spacing, panel=1.2)
-    left, top, step = _MARGIN, 0.75, cell.height + _CAPTION + _GAP
-    page = _Page(4 * cell.width + 3 * _GAP + 2 * left, top + len(originals) * step + 0.95)
-    lefts = [left + column * (cell.width + _GAP) for column in range(4)]
-    for x, name in zip(lefts, ('original', 'reconstruction', 'reconstruction - original', 'importance'), strict=True):
-        page.text(x, 0.42, name, _TITLE)
-
+    columns = ('original', 'reconstruction', 'reconstruction - original', 'importance')
+    table = _Table.of(originals, columns, spacing, below=1.1)
     differences = recons.astype(np.float32) - originals
     limit = max(float(np.abs(differences).max()), 1e-3)
-    importance = [_to_voxels(score, originals.shape[1:]) for score in scores]
-    low, high = float(np.min(scores)), float(np.max(scores))
-    heat = {'cmap': 'plasma', 'vmin': low, 'vmax': high if high > low else low + 1e-3}
-    rows = zip(originals, recons, differences, importance, labels, ids, strict=True)
+    overlay = _Overlay.of(scores, originals.shape[1:])
+    rows = zip(originals, recons, differences, scores, labels, ids, strict=True)
     for row, (original, recon, difference, score, label, name) in enumerate(rows):
-        y, centre = top + row * step, middle(original)
+        centre = middle(original)
         psnr = 10 * np.log10(4 / max(float(np.mean(difference**2)), 1e-12))
-        page.text(left, y + 0.16, f'{label}  {name}', _TEXT)
-        page.text(lefts[1], y + 0.16, f'PSNR {psnr:.1f} dB', _TEXT)
-        panels = [page.cell(x, y + _CAPTION, cell) for x in lefts]
-        cell.draw(panels[0], original, centre)
-        cell.draw(panels[1], recon, centre)
-        shades = cell.draw(panels[2], difference, centre, cmap=_DIFFERENCES, vmin=-limit, vmax=limit)
-        cell.draw(panels[3], original, centre)
-        glow = cell.draw(panels[3], score, centre, alpha=_OVERLAY_OPACITY, interpolation='bilinear', **heat)
-        if row == 0:
-            cell.scale_bar(panels[0])
-    for x, image, name in ((lefts[2], shades, 'difference'), (lefts[3], glow, 'importance score')):
-        page.colour_bar(x + 0.2, page.height - 0.8, cell.width - 0.4, image, name)
-    page.text(left, page.height - 0.3, _VIEW, _SMALL, _FAINT)
+        panels = table.row(row, (f'{label}  {name}', f'PSNR {psnr:.1f} dB'))
+        table.cell.draw(panels[0], original, centre)
+        table.cell.draw(panels[1], recon, centre)
+        shades = table.cell.draw(panels[2], difference, centre, cmap=_DIFFERENCES, vmin=-limit, vmax=limit)
+        glow = overlay.draw(table.cell, panels[3], original, score, centre)
+    table.colour_bar(2, shades, 'difference')
+    table.colour_bar(3, glow, 'importance score')
+    return table.page.figure
+
+
+def completions(
+    originals: np.ndarray,
+    recons: np.ndarray,
+    halves: np.ndarray,
+    samples: np.ndarray,
+    scores: np.ndarray,
+    labels: Sequence[str],
+    ids: Sequence[str],
+    spacing: Sequence[float] | None = None,
+) -> Figure:
+    """One row an ROI: original, importance, reconstruction, and what stage 2 draws from half of its tokens and none.
+
+    Each is shown as three slices through its own centre of mass; importance lies on the original.
+
+    Args:
+        originals: [n,D,H,W] in [-1,1], background -1.
+        recons: [n,D,H,W] in [-1,1], of the true tokens.
+        halves: [n,D,H,W] in [-1,1], of tokens whose first half is the original's.
+        samples: [n,D,H,W] in [-1,1], of tokens that are all drawn for the class.
+        scores: [n,d,h,w] importance on the latent grid, in (0,1).
+        labels: [n] class names.
+        ids: [n] names of the scans.
+        spacing: mm a voxel along depth, height and width, for proportions and a scale bar; None if not known.
+
+    Raises:
+        ValueError: the arguments are not equally many.
+    """
+    columns = ('original', 'importance', 'reconstruction', 'half of the tokens drawn', 'all tokens drawn')
+    table = _Table.of(originals, columns, spacing, below=1.1)
+    overlay = _Overlay.of(scores, originals.shape[1:])
+    rows = zip(originals, recons, halves, samples, scores, labels, ids, strict=True)
+    for row, (original, recon, half, sample, score, label, name) in enumerate(rows):
+        panels = table.row(row, (f'{label}  {name}', '', '', '', label))
+        glow = overlay.draw(table.cell, panels[1], original, score, middle(original))
+        for panel, volume in ((0, original), (2, recon), (3, half), (4, sample)):
+            table.cell.draw(panels[panel], volume, middle(_without_haze(volume)))
+    table.colour_bar(1, glow, 'importance score')
+    return table.page.figure
+
+
+def masking(scores: np.ndarray, roles: np.ndarray, labels: Sequence[str], ids: Sequence[str]) -> Figure:
+    """What stage 2 must restore: for each ROI the importance of its tokens and, below, what becomes of each.
+
+    Shown are axial slices of the latent grid, evenly spaced where there are more than eight. Importance has one colour
+    scale for all ROIs.
+
+    Args:
+        scores: [n,d,h,w] importance on the latent grid, in (0,1).
+        roles: [n,d,h,w] integers, values of `masking.Role`.
+        labels: [n] class names.
+        ids: [n] names of the scans.
+
+    Raises:
+        ValueError: the arguments are not equally many.
+    """
+    strips = _Strips.of(scores.shape)
+    low, high = float(scores.min()), float(scores.max())
+    heat = {'cmap': 'plasma', 'vmin': low, 'vmax': high if high > low else low + 1e-3}
+    colours = {'cmap': ListedColormap([_ROLES[role][0] for role in Role]), 'vmin': -0.5, 'vmax': len(Role) - 0.5}
+    for row, (score, role, label, name) in enumerate(zip(scores, roles, labels, ids, strict=True)):
+        counts = ', '.join(f'{member.name.lower()} {np.sum(role == member)}' for member in _ROLES if member in role)
+        top = strips.caption(row, f'{label}  {name}', f'of {role.size} tokens: {counts}')
+        glow = strips.draw(top, 'importance', score, heat)
+        strips.draw(top + strips.height + 0.05, 'role', role, colours)
+    strips.page.colour_bar(_MARGIN, strips.bottom + 0.1, 1.9, glow, 'importance score')
+    strips.legend([meaning for role, meaning in _ROLES.items() if role in roles])
+    return strips.page.figure
+
+
+def tumour_volumes(real: Mapping[str, Sequence[float]], made: Mapping[str, Sequence[float]]) -> Figure:
+    """Distributions of tumour volumes, real beside synthetic: a panel a class, with the Kolmogorov-Smirnov distance.
+
+    Args:
+        real: for each class the tumour volumes (mL) of patients, at least one.
+        made: the same of samples, at least one; the same classes.
+    """
+    page = _Page(4.4 * len(real) + 0.4, 3.2)
+    largest = max(max(values) for values in (*real.values(), *made.values()))
+    edges = np.linspace(0, largest or 1.0, 25)
+    for number, (label, values) in enumerate(real.items()):
+        axes = page.axes(0.8 + 4.4 * number, 0.55, 3.4, 1.9)
+        _style(axes)
+        distance = stats.ks_2samp(values, made[label]).statistic
+        axes.set_title(f'{label}: KS distance {distance:.2f}', color=_LIGHT, fontsize=_TEXT + 1, loc='left')
+        for name, part, colour in (('real', values, _LINES[1]), ('synthetic', made[label], _LINES[0])):
+            weights = np.full(len(part), 100 / len(part))
+            text = f'{name}: {len(part)}, median {np.median(part):.3g} mL'
+            axes.hist(part, edges, weights=weights, color=colour, alpha=0.3)
+            axes.hist(part, edges, weights=weights, color=colour, histtype='step', linewidth=1.5, label=text)
+        axes.set_xlabel('tumour volume [mL]')
+        axes.set_ylabel('% of the class')
+        axes.set_xlim(0, edges[-1])
+        axes.legend(frameon=False, fontsize=_SMALL, labelcolor=_LIGHT)
     return page.figure
 
 
@@ -277,6 +373,131 @@ class _Cell:
         x, y = 0.08, self.height - 0.08
         axes.plot((x, x + length * self.per_mm), (y, y), color=_LIGHT, linewidth=2, solid_capstyle='butt')
         axes.text(x, y - 0.05, f'{length} mm', color=_LIGHT, fontsize=_SMALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A page with a row a ROI and a column a kind of picture."""
+
+    page: _Page
+    cell: _Cell
+    lefts: tuple[float, ...]  # inches, of the columns
+
+    @classmethod
+    def of(cls, volumes: np.ndarray, columns: Sequence[str], spacing: Sequence[float] | None, below: float) -> '_Table':
+        """A table for volumes [n,D,H,W] with its column titles, and `below` inches under the rows."""
+        cell = _Cell.of(volumes.shape[1:], spacing, panel=1.2)
+        number = len(columns)
+        width = number * cell.width + (number - 1) * _GAP + 2 * _MARGIN
+        page = _Page(width, cls._top(cell, len(volumes)) + below)
+        lefts = tuple(_MARGIN + column * (cell.width + _GAP) for column in range(number))
+        for x, name in zip(lefts, columns, strict=True):
+            page.text(x, 0.42, name, _TITLE)
+        page.text(_MARGIN, page.height - 0.3, _VIEW, _SMALL, _FAINT)
+        return cls(page, cell, lefts)
+
+    @staticmethod
+    def _top(cell: _Cell, row: int) -> float:
+        return 0.75 + row * (cell.height + _CAPTION + _GAP)
+
+    def row(self, row: int, captions: Sequence[str]) -> list[Axes]:
+        """The panels of a row, the first columns with captions, and a scale bar in the very first."""
+        y = self._top(self.cell, row)
+        for x, caption in zip(self.lefts, captions, strict=False):
+            self.page.text(x, y + 0.16, caption, _TEXT)
+        panels = [self.page.cell(x, y + _CAPTION, self.cell) for x in self.lefts]
+        if row == 0:
+            self.cell.scale_bar(panels[0])
+        return panels
+
+    def colour_bar(self, column: int, image: AxesImage, name: str) -> None:
+        """A colour bar under a column."""
+        left, width = self.lefts[column] + 0.2, self.cell.width - 0.4
+        self.page.colour_bar(left, self.page.height - 0.95, width, image, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Overlay:
+    """Importance as a glow over an ROI, on one scale for several."""
+
+    shape: tuple[int, ...]  # of the volumes [D,H,W]
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, scores: np.ndarray, shape: Sequence[int]) -> '_Overlay':
+        low, high = float(np.min(scores)), float(np.max(scores))
+        return cls(tuple(shape), low, high if high > low else low + 1e-3)
+
+    def draw(self, cell: _Cell, axes: Axes, volume: np.ndarray, score: np.ndarray, centre: Sequence[int]) -> AxesImage:
+        """Draws a volume [D,H,W], and over it its scores [d,h,w] interpolated to voxels."""
+        cell.draw(axes, volume, centre)
+        style = {'cmap': 'plasma', 'vmin': self.low, 'vmax': self.high, 'interpolation': 'bilinear'}
+        return cell.draw(axes, _to_voxels(score, self.shape), centre, alpha=_OVERLAY_OPACITY, **style)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Strips:
+    """A page with, for each ROI, strips of axial slices of its latent grid."""
+
+    page: _Page
+    shown: tuple[int, ...]  # slices
+    depth: int  # slices there are
+    width: float  # inches a slice
+    height: float
+    bottom: float  # inches, where the last ROI ends
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> '_Strips':
+        """A page for grids `shape` [n,d,h,w] with the numbers of the slices, and room for a legend."""
+        number, depth, *sides = shape
+        shown = np.unique(np.linspace(0, depth - 1, min(depth, _SLICES)).round().astype(int))
+        width, height = (_SLICE * side / max(sides) for side in sides)  # the grid's height runs across
+        bottom = cls._top(number, height)
+        page = _Page(max(_MARGIN + _NAME + len(shown) * (width + 0.04) + _MARGIN, 8.0), bottom + 1.45)
+        strips = cls(page, tuple(shown.tolist()), depth, width, height, bottom)
+        page.text(_MARGIN, 0.3, 'slice', _TEXT, _FAINT)
+        for column, place in enumerate(strips.shown):
+            page.text(strips._left(column), 0.3, str(place), _TEXT, _FAINT)
+        return strips
+
+    @staticmethod
+    def _top(row: int, height: float) -> float:
+        return 0.4 + row * (2 * height + 2 * _CAPTION + _GAP)
+
+    def _left(self, column: int) -> float:
+        return _MARGIN + _NAME + column * (self.width + 0.04)
+
+    def caption(self, row: int, title: str, text: str) -> float:
+        """Writes over a row; returns where it begins, in inches."""
+        top = self._top(row, self.height)
+        self.page.text(_MARGIN, top + 0.14, title, _TEXT)
+        self.page.text(_MARGIN + _NAME, top + 0.32, text, _SMALL, _FAINT)
+        return top + 0.4
+
+    def draw(self, top: float, name: str, grid: np.ndarray, style: Mapping[str, object]) -> AxesImage:
+        """Draws the slices of one grid [d,h,w]."""
+        self.page.text(_MARGIN, top + self.height / 2 + 0.05, name, _TEXT)
+        for column, place in enumerate(self.shown):
+            axes = self.page.axes(self._left(column), top, self.width, self.height)
+            axes.set_axis_off()
+            image = axes.imshow(grid[place].T, aspect='auto', interpolation='nearest', **style)
+        return image
+
+    def legend(self, entries: Sequence[tuple[str, str]]) -> None:
+        """What the colours mean, and which slices there are."""
+        handles = [Patch(facecolor=colour, label=meaning) for colour, meaning in entries]
+        axes = self.page.axes(_MARGIN + 2.3, self.bottom, self.page.width - 2 * _MARGIN - 2.3, 1.2)
+        axes.set_axis_off()
+        axes.legend(handles=handles, loc='upper left', frameon=False, fontsize=_TEXT, labelcolor=_LIGHT, borderpad=0)
+        view = "the patient's right is on the left, rows of tokens run from top (front) to bottom (back)"
+        note = f'axial slices of the tokens, {len(self.shown)} of {self.depth}; {view}'
+        self.page.text(_MARGIN, self.page.height - 0.15, note, _SMALL, _FAINT)
+
+
+def _without_haze(volume: np.ndarray) -> np.ndarray:
+    """A decoded volume with its background at -1, where it is only nearly so."""
+    return np.where(volume > _HAZE, volume, -1)
 
 
 def _sheet(

@@ -42,6 +42,26 @@ def discriminator_state(parameters: Mapping, stages: int) -> dict[str, torch.Ten
     return convert(parameters, paths)
 
 
+def transformer_state(parameters: Mapping) -> dict[str, torch.Tensor]:
+    """Parameters of `vqroi_jax.models.transformer.Transformer`, its blocks stacked, as the oracle's."""
+    blocks = parameters['blocks']
+    layers = {'norm': 'norm'}
+    flat = {'norm': parameters['norm']}
+    for number in range(len(blocks['norm_1']['scale'])):
+        flat[f'block_{number}'] = {
+            name: {kind: array[number] for kind, array in layer.items()} for name, layer in blocks.items()
+        }
+        names = {'norm_1': 'norm_1', 'norm_2': 'norm_2', 'up': 'mlp.0', 'down': 'mlp.2'}
+        names |= {name: f'attention.{name}' for name in ('query', 'key', 'value', 'projection')}
+        layers |= {f'blocks.{number}.{theirs}': f'block_{number}/{ours}' for ours, theirs in names.items()}
+    (kernel,) = parameters['head'].values()
+    return convert(flat, layers) | {
+        'head.weight': torch.tensor(np.asarray(kernel).T),
+        'tokens.weight': torch.tensor(np.asarray(parameters['token_embedding'])),
+        'positions': torch.tensor(np.asarray(parameters['position_embedding'])),
+    }
+
+
 def codebook_state(variables: Mapping) -> dict[str, torch.Tensor]:
     """The collection `codebook` of `vqroi_jax.models.quantizer.Codebook` as the oracle's buffers."""
     return {name: torch.tensor(np.asarray(variables[name])) for name in ('codes', 'usage')}

@@ -49,8 +49,8 @@ class Source:
     def __len__(self):
         return PATIENTS
 
-    def volume(self, index):
-        return self.volumes[index]
+    def load(self, index):
+        return {'volume': self.volumes[index], 'label': self.labels[index], 'index': index.astype(np.int32)}
 
 
 def training_config(**changes):

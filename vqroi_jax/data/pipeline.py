@@ -67,6 +67,14 @@ class RoiSource:
         record = self._records[int(index)]
         return scale(record['volume'], record['range'])[..., None]
 
+    def load(self, index: np.ndarray) -> Batch:
+        """volume float32 [b,D,H,W,1] in [-1, 1], label and index int32 [b] of the ROIs at `index` [b]."""
+        return {
+            'volume': np.stack([self.volume(position) for position in index]),
+            'label': self.labels[index],
+            'index': index.astype(np.int32),
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class PreparedCohort:
@@ -93,6 +101,11 @@ class PreparedCohort:
         ids = self.splits[name]
         labels = [self.classes.index(self.scans[scan]['label']) for scan in ids]
         return RoiSource(name, ids, labels, self._builder.as_data_source(name) if ids else ())
+
+    def spacing(self, ids: Sequence[str] | None = None) -> tuple[float, ...] | None:
+        """Millimetres a voxel along depth, height and width of some scans (None: of all); None where they differ."""
+        spacings = {tuple(self.scans[scan]['spacing']) for scan in (self.scans if ids is None else ids)}
+        return spacings.pop() if len(spacings) == 1 else None
 
     @functools.cached_property
     def _builder(self) -> tfds.core.DatasetBuilder:
@@ -139,7 +152,7 @@ class Batches:
     A batch may span two epochs, and a split smaller than a batch goes round within it.
 
     Args:
-        source: The split.
+        source: The split: ROIs, or anything else with `name`, `ids`, a length and `load`.
         batch_size: Rows of a global batch, over all processes.
         seed: Of the shuffle; 0 to 2**32 - 1.
         shuffle: False keeps the order of the split.
@@ -173,13 +186,13 @@ class Batches:
             order = order.shuffle(seed=seed)  # Grain adds the epoch's number to the seed
         # Not `repeat()`: the length of an endless stream in batches of 1 does not fit Python's `len`.
         order = order.repeat(_STREAM_ROWS // len(source) + 1)
-        self._batches = order.batch(batch_size).map(lambda index: _load(source, index[rows]))
+        self._batches = order.batch(batch_size).map(lambda index: source.load(index[rows]))
 
     def batch_at(self, n: int) -> Batch:
         """This process's rows of global batch `n`.
 
         Returns:
-            volume float32 [b,D,H,W,1] in [-1, 1], label int32 [b], index int32 [b] (position in the split).
+            What the source loads: of ROIs volume, label and index (position in the split).
         """
         return self._batches[n]
 
@@ -219,11 +232,17 @@ def eval_batches(
 
     def load(batch: int) -> Batch:
         position = np.arange(batch * batch_size, (batch + 1) * batch_size)[rows]
-        batch = _load(source, np.minimum(position, len(source) - 1))
+        batch = source.load(np.minimum(position, len(source) - 1))
         return {**batch, 'weight': (position < len(source)).astype(np.float32)}
 
     batches = grain.MapDataset.range(-(-len(source) // batch_size)).map(load)
     return iter(batches.to_iter_dataset(_read_options(prefetch)))
+
+
+def first_of_each_class(labels: Sequence[int], number: int) -> np.ndarray:
+    """Positions [up to `number`] of the first few of each class, as evenly as there are, in order."""
+    turns = [np.sum(labels[:i] == label) for i, label in enumerate(labels)]  # of each within its class
+    return np.sort(np.argsort(turns, kind='stable')[:number])
 
 
 def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -239,15 +258,6 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> sli
         )
     local = batch_size // process_count
     return slice(process_index * local, (process_index + 1) * local)
-
-
-def _load(source: RoiSource, index: np.ndarray) -> Batch:
-    """Reads and stacks the ROIs at `index` [b]."""
-    return {
-        'volume': np.stack([source.volume(position) for position in index]),
-        'label': source.labels[index],
-        'index': index.astype(np.int32),
-    }
 
 
 def _read_options(prefetch: int) -> grain.ReadOptions:

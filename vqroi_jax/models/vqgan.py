@@ -2,7 +2,8 @@
 
 `VQGAN` holds everything that is trained to reconstruct and to classify; the discriminator stands apart. Training uses
 `trunk` and `head` (the last convolution apart from the rest: the adversarial weight needs gradients at its kernel);
-everybody else uses `encode`, `index_quantize`, `importance`, `decode_samples` and `reconstruct`.
+everybody else uses `encode`, `tokens_and_scores` (or `index_quantize` and `importance`), `decode_samples` and
+`reconstruct`.
 Source: section 2.1 of the design.
 """
 
@@ -189,13 +190,18 @@ class VQGAN(nn.Module):
         """The decoder's feature maps to the volume, float32 `[B, D, H, W, 1]` in (-1, 1)."""
         return self.decoder.head(features)
 
+    def tokens_and_scores(self, volume: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Volume `[B, D, H, W, 1]` to tokens int32 in [0, codes) and scores float32 in (0, 1), both `[B, d, h, w]`."""
+        latent = self.encode(volume)
+        return self.codebook(l2_normalise(latent))[0], self.scorer(latent)
+
     def index_quantize(self, volume: jax.Array) -> jax.Array:
         """Volume `[B, D, H, W, 1]` to tokens int32 `[B, d, h, w]` in [0, codes)."""
-        return self.codebook(l2_normalise(self.encode(volume)))[0]
+        return self.tokens_and_scores(volume)[0]
 
     def importance(self, volume: jax.Array) -> jax.Array:
         """Volume `[B, D, H, W, 1]` to importance scores float32 `[B, d, h, w]` in (0, 1)."""
-        return self.scorer(self.encode(volume))
+        return self.tokens_and_scores(volume)[1]
 
     def decode_samples(self, tokens: jax.Array) -> jax.Array:
         """Tokens int `[B, d, h, w]` to volumes float32 `[B, D, H, W, 1]` in (-1, 1)."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
@@ -149,6 +150,12 @@ def train(task: TrainingTask, training: ConfigDict, workdir: Path) -> State:
                 progress.message(f'warning: {problem}')
             tools = (schedule, checkpoints, writer, progress, iterator)
             return _Loop(task, training, workdir, *tools, tally, task.state, step).run(requested)
+
+
+def write_parameters(workdir: Path, params: Any) -> None:
+    """Writes names, shapes and sizes of a network's parameters to `parameters.txt`."""
+    overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+    (workdir / 'parameters.txt').write_text(f'{overview}\n', encoding='utf-8')
 
 
 def last_evaluation(workdir: Path) -> Metrics:

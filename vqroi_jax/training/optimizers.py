@@ -3,19 +3,28 @@
 Keeping the rate outside lets a network that starts late (the discriminator) stand at the schedule's present value.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import ml_collections
 import optax
 
 
-def make_optimizer(settings: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: ml_collections.ConfigDict, decayed: Callable[[optax.Params], Any] | None = None
+) -> optax.GradientTransformation:
     """Adam with gradients clipped by value, without a learning rate.
 
     Args:
         settings: `b1`, `b2`, `epsilon` and `clip_value` (largest absolute gradient; 0: no clipping).
+        decayed: from parameters to which of them decay, as a tree of bool; makes it AdamW (Loshchilov & Hutter 2019)
+            with `settings.weight_decay`. None: no decay.
     """
     clip = optax.clip(settings.clip_value) if settings.clip_value > 0 else optax.identity()
-    return optax.chain(clip, optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.epsilon))
+    adam = optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.epsilon)
+    decay = optax.add_decayed_weights(settings.weight_decay, mask=decayed) if decayed else optax.identity()
+    return optax.chain(clip, adam, decay)
 
 
 def cosine_rate(settings: ml_collections.ConfigDict, steps: int) -> optax.Schedule:

@@ -1,41 +1,46 @@
 """Where arrays live: the device mesh, and the shardings of states and batches on it.
 
-Batches are split over the mesh axis `data`; states are whole on every device. Everything is `jax.jit` over global
-arrays (GSPMD), so a sum over the batch is a sum over all devices and hosts.
+Batches are split over the mesh axis `data`, and are whole along `model`. States are whole on every device, but for the
+arrays that a task's rules split along `model`. Everything is `jax.jit` over global arrays (GSPMD), so a sum over the
+batch is a sum over all devices and hosts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vqroi_jax.errors import InputError
 
 
-def make_mesh(data: int) -> Mesh:
+def make_mesh(data: int, model: int = 1) -> Mesh:
     """A mesh of this run's devices.
 
     Args:
-        data: devices along the axis `data`; -1 takes all.
+        data: devices along the axis `data`; -1 takes all that are left.
+        model: devices along the axis `model`.
 
     Raises:
         InputError: there are fewer devices than asked for, or several hosts and not all devices in use.
     """
     devices = jax.devices()
+    there = f'there are {len(devices)} {devices[0].platform} devices'
+    if not 1 <= model <= len(devices):
+        raise InputError(f'config.mesh.model={model}: {there}; set it between 1 and {len(devices)}')
+    most = len(devices) // model
     if data == -1:
-        data = len(devices)
-    if not 1 <= data <= len(devices):
-        raise InputError(
-            f'config.mesh.data={data}: there are {len(devices)} {devices[0].platform} devices; '
-            f'set it between 1 and {len(devices)}, or to -1 for all'
-        )
-    if jax.process_count() > 1 and data != len(devices):
+        data = most
+    if not 1 <= data <= most:
+        beside = f', {model} of which share the weights' if model > 1 else ''
+        raise InputError(f'config.mesh.data={data}: {there}{beside}; set it between 1 and {most}, or to -1 for all')
+    if jax.process_count() > 1 and data * model != len(devices):
         raise InputError(
             f'config.mesh.data={data}: a run on several hosts uses all {len(devices)} devices; set it to -1'
         )
-    return Mesh(np.asarray(devices[:data]), ('data',))
+    return Mesh(np.asarray(devices[: data * model]).reshape(data, model), ('data', 'model'))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -46,6 +51,24 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def shardings(tree: Any, rules: Mapping[str, PartitionSpec], mesh: Mesh) -> Any:
+    """Where each array of a state lives, by its name.
+
+    Args:
+        tree: arrays or shapes.
+        rules: from the end of a name, such as 'query/kernel', to how the array is split; all others are whole. A
+            name is the path in the tree with slashes, so moments in an optimiser's state are split as their parameter.
+        mesh: whose axes the rules name.
+    """
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        specs = [spec for end, spec in rules.items() if f'/{name}'.endswith(f'/{end}')]
+        return NamedSharding(mesh, specs[0] if specs else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def check_batch(field: str, batch_size: int, micro_batches: int, mesh: Mesh) -> None:
@@ -60,15 +83,21 @@ def check_batch(field: str, batch_size: int, micro_batches: int, mesh: Mesh) -> 
     Raises:
         InputError: naming the batch sizes that would do.
     """
-    unit = mesh.devices.size * micro_batches
+    devices = mesh.shape['data']
+    unit = devices * micro_batches
     if micro_batches < 1:
         raise InputError(f'config.micro_batches={micro_batches}: expected 1 or more')
     if batch_size < 1 or batch_size % unit:
         below, above = batch_size // unit * unit, max(-(-batch_size // unit), 1) * unit
         raise InputError(
-            f'config.{field}={batch_size} does not divide by {mesh.devices.size} device(s) x {micro_batches} '
+            f'config.{field}={batch_size} does not divide by {devices} device(s) x {micro_batches} '
             f'micro-batch(es): choose {f"{below} or " if below > 0 else ""}{above}, or set config.mesh.data'
         )
+
+
+def this_process() -> dict[str, int]:
+    """Which of the run's processes this is, as `vqroi_jax.data.pipeline` takes it."""
+    return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -80,6 +109,44 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     """
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}
+
+
+def on_each_device(function: Callable, mesh: Mesh) -> Callable:
+    """Jits a function so that each device computes its own rows as if it were alone: with the same program and sizes.
+
+    Args:
+        function: of something that is whole on every device, and of arrays whose first axis is split over `data`;
+            returns such arrays.
+        mesh: of the run.
+
+    Returns:
+        The function of the former, placed already, and of NumPy arrays with all rows (the same on every host).
+    """
+    rows, split = PartitionSpec('data'), batch_sharding(mesh)
+
+    @jax.jit
+    def jitted(whole, arrays):
+        mapped = jax.shard_map(
+            lambda whole, arrays: function(whole, *arrays),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), rows),
+            out_specs=rows,
+            check_vma=False,  # the loops within begin with constants, which it takes for a mistake
+        )
+        return mapped(whole, arrays)
+
+    def call(whole, *arrays):
+        placed = [jax.make_array_from_callback(a.shape, split, lambda part, a=a: a[part]) for a in arrays]
+        return jitted(whole, tuple(placed))
+
+    return call
+
+
+def gather(tree: Any) -> Any:
+    """Arrays that are split over devices and hosts, as whole NumPy arrays on every host."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
 
 
 def micro_batches(batch: Any, number: int) -> Any:

@@ -1,0 +1,153 @@
+"""Finished runs in use: tokens kept beside stage 1, and samples that depend on seed, class and index alone."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from vqroi_jax import tokens as tokens_module
+from vqroi_jax.decoding import UNKNOWN
+from vqroi_jax.errors import InputError
+from vqroi_jax.tokens import encode_cohort, find_cohort
+from vqroi_jax.trained import load_transformer, load_vqgan
+from vqroi_jax.training import partitioning
+
+
+@pytest.fixture(scope='module')
+def trained(tiny_transformer):
+    return load_transformer(tiny_transformer)
+
+
+def sampler(trained, devices=1, seed=5, **changes):
+    sampling = trained.config.sampling.copy_and_resolve_references().unlock()
+    sampling.update({'sub_batch': 4, **changes})
+    return trained.sampler(sampling, seed, partitioning.make_mesh(devices))
+
+
+@pytest.fixture(scope='module')
+def many(trained):
+    """Ten samples of each class, in one go on one device."""
+    draw = sampler(trained)
+    labels, indices = np.repeat([0, 1], 10), np.tile(np.arange(10), 2)
+    return draw, draw.tokens(labels, indices)
+
+
+def test_samples_are_codes_and_differ(many):
+    _, tokens = many
+    assert tokens.shape == (20, 64)
+    assert tokens.dtype == np.int32
+    assert tokens.min() >= 0
+    assert tokens.max() < 32
+    assert len({row.tobytes() for row in tokens}) == 20
+
+
+@pytest.mark.parametrize('order', [[3], [9, 0, 5], [2, 12, 1, 11, 19], [7, 3, 11, 15, 19]], ids=str)
+def test_a_sample_depends_on_seed_class_and_index_alone(many, order):
+    """Whatever is drawn with it, and in which order: rows that fall on the same place included."""
+    draw, tokens = many
+    labels, indices = np.repeat([0, 1], 10)[order], np.tile(np.arange(10), 2)[order]
+    np.testing.assert_array_equal(draw.tokens(labels, indices), tokens[order])
+
+
+def test_a_sample_does_not_depend_on_the_number_of_devices(trained, many):
+    draw, tokens = many
+    wide = sampler(trained, devices=4)
+    assert (draw.rows, wide.rows) == (4, 16)
+    drawn = wide.tokens(np.repeat([0, 1], 10), np.tile(np.arange(10), 2))
+    np.testing.assert_array_equal(drawn, tokens)
+    np.testing.assert_array_equal(list(wide.decode(drawn[:3])), list(draw.decode(tokens[:3])))
+
+
+def test_another_seed_draws_others(trained, many):
+    assert (sampler(trained, seed=6).tokens([0], [0]) != many[1][:1]).any()
+
+
+def test_volumes_are_those_of_stage_1s_decoder(trained, many):
+    draw, tokens = many
+    volumes = list(draw.draw(1, range(5)))
+    assert len(volumes) == 5
+    grids = tokens[10:15].reshape(5, 4, 4, 4)
+    vqgan = trained.vqgan
+    expected = np.asarray(vqgan.model.apply(vqgan.variables, grids, method='decode_samples'))[..., 0]
+    np.testing.assert_allclose(volumes, expected, atol=1e-5)
+
+
+def test_given_tokens_stay(trained, many):
+    draw, _ = many
+    given = np.full((2, 64), UNKNOWN)
+    given[:, :40] = 7
+    drawn = draw.tokens([0, 1], [0, 0], given)
+    assert (drawn[:, :40] == 7).all()
+    assert (drawn[:, 40:] != 7).any()
+
+
+@pytest.mark.parametrize('label', [-1, 2])
+def test_a_label_outside_the_classes_is_refused(many, label):
+    with pytest.raises(InputError, match='the model knows classes 0 to 1'):
+        many[0].tokens([0, label], [0, 1])
+
+
+def test_nothing_asked_nothing_drawn(many):
+    assert many[0].tokens([], []).shape == (0, 64)
+    assert list(many[0].draw(0, [])) == []
+
+
+def test_tokens_and_scores_are_those_of_the_encoder(tiny_vqgan):
+    vqgan = load_vqgan(tiny_vqgan)
+    cohort = find_cohort(vqgan, '')
+    sources = encode_cohort(vqgan, cohort, partitioning.make_mesh(3))
+    assert {name: len(source) for name, source in sources.items()} == {'train': 6, 'val': 2, 'test': 2}
+    rois, source = cohort.split('train'), sources['train']
+    volumes = np.stack([rois.volume(i) for i in range(6)])
+    expected = np.asarray(vqgan.model.apply(vqgan.variables, volumes, method='index_quantize')).reshape(6, -1)
+    assert np.mean(source.tokens == expected) > 0.99  # rounding may decide between two codes
+    scores = np.asarray(vqgan.model.apply(vqgan.variables, volumes, method='importance')).reshape(6, -1)
+    np.testing.assert_allclose(source.scores, scores, atol=1e-5)
+    batch = source.load(np.array([4, 1]))
+    np.testing.assert_array_equal(batch['tokens'], source.tokens[[4, 1]])
+    np.testing.assert_array_equal(batch['label'], rois.labels[[4, 1]])
+    assert batch['index'].tolist() == [4, 1]
+
+
+def test_tokens_are_encoded_once_for_each_checkpoint(tiny_vqgan, monkeypatch):
+    vqgan = load_vqgan(tiny_vqgan)
+    cohort, mesh = find_cohort(vqgan, ''), partitioning.make_mesh(1)
+    first = encode_cohort(vqgan, cohort, mesh)
+
+    def again(*unused):
+        raise RuntimeError('encoded again')
+
+    monkeypatch.setattr(tokens_module, '_encode', again)
+    second = encode_cohort(vqgan, cohort, mesh)
+    np.testing.assert_array_equal(second['val'].tokens, first['val'].tokens)
+    moved = dataclasses.replace(vqgan, identity='f' * 16)
+    with pytest.raises(RuntimeError, match='encoded again'):
+        encode_cohort(moved, cohort, mesh)
+
+
+def test_identity_follows_the_weights(tiny_vqgan):
+    vqgan = load_vqgan(tiny_vqgan)
+    assert len(vqgan.identity) == 16
+    assert load_vqgan(str(tiny_vqgan)).identity == vqgan.identity
+    params = jax.tree.map(np.copy, vqgan.variables['params'])
+    params['decoder']['last']['bias'] += 1e-6
+    from vqroi_jax.trained import _identity
+
+    assert _identity(params, vqgan.variables['codebook']['codebook']['codes']) != vqgan.identity
+
+
+def test_a_transformer_wants_the_stage_1_that_it_was_trained_on(tiny_transformer, tmp_path):
+    for name in ('config.json', 'checkpoints'):
+        (tmp_path / name).symlink_to(tiny_transformer / name)
+    facts = json.loads((tiny_transformer / 'stage1.json').read_text())
+    (tmp_path / 'stage1.json').write_text(json.dumps({**facts, 'identity': '0' * 16}))
+    with pytest.raises(InputError, match=r'is not the stage 1 that .* was trained on: the weights of step 4 differ'):
+        load_transformer(tmp_path)
+    (tmp_path / 'stage1.json').write_text('{')
+    with pytest.raises(InputError, match=r'stage1.json is damaged'):
+        load_transformer(tmp_path)
+    (tmp_path / 'stage1.json').unlink()
+    with pytest.raises(InputError, match=r'was never started as a run of stage 2: .*stage1.json is missing'):
+        load_transformer(tmp_path)

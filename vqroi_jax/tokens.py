@@ -1,0 +1,133 @@
+"""The cohort as stage 1 sees it: tokens and importance scores, encoded once and kept beside the run of stage 1.
+
+    prepared ROIs -> stage 1's encoder -> tokens, scores -> batches of stage 2
+
+The file's name tells the weights and the cohort that it was made from, so another checkpoint or cohort makes another.
+"""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from vqroi_jax.data.pipeline import Batch, PreparedCohort, RoiSource, is_prepared, open_cohort
+from vqroi_jax.data.splits import SPLITS
+from vqroi_jax.errors import InputError
+from vqroi_jax.trained import TrainedVQGAN
+from vqroi_jax.training import partitioning
+from vqroi_jax.workdir import is_primary
+
+FOLDER = 'tokens'  # in the folder of stage 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSource:
+    """One split of a cohort as tokens; what `vqroi_jax.data.pipeline.RoiSource` is for ROIs."""
+
+    name: str
+    ids: tuple[str, ...]
+    labels: np.ndarray  # int32 [n]
+    tokens: np.ndarray  # int32 [n, L], raster order
+    scores: np.ndarray  # float32 [n, L] in (0, 1)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def load(self, index: np.ndarray) -> Batch:
+        """tokens int32 [b,L], scores float32 [b,L], label and index int32 [b] of the ROIs at `index` [b]."""
+        return {
+            'tokens': self.tokens[index],
+            'scores': self.scores[index],
+            'label': self.labels[index],
+            'index': index.astype(np.int32),
+        }
+
+
+def find_cohort(vqgan: TrainedVQGAN, path: str) -> PreparedCohort:
+    """The prepared cohort to train stage 2 on.
+
+    Args:
+        vqgan: stage 1.
+        path: a folder that the command `prepare` has filled; empty: the cohort that stage 1 was trained on, with the
+            same splits.
+
+    Raises:
+        InputError: there is none, or its ROIs have another size or other classes than stage 1 knows.
+    """
+    of_stage1 = Path(vqgan.config.data.path or vqgan.workdir / 'cohort').expanduser()
+    folder = Path(path).expanduser() if path else of_stage1 if is_prepared(of_stage1) else vqgan.workdir / 'cohort'
+    if not path and not is_prepared(folder):
+        raise InputError(
+            f'the cohort that stage 1 was trained on is not at {of_stage1} any more; say where a prepared one is with '
+            '--config.data.path'
+        )
+    cohort = open_cohort(folder)
+    if cohort.roi_size != vqgan.roi_size:
+        raise InputError(f'{folder} has ROIs of {cohort.roi_size} voxels, stage 1 was trained on {vqgan.roi_size}')
+    if len(cohort.classes) != vqgan.model.classes:
+        raise InputError(
+            f'{folder} has {len(cohort.classes)} classes ({", ".join(cohort.classes)}), stage 1 was trained on '
+            f'{vqgan.model.classes}'
+        )
+    return cohort
+
+
+def encode_cohort(vqgan: TrainedVQGAN, cohort: PreparedCohort, mesh: Mesh) -> dict[str, TokenSource]:
+    """Tokens and scores of every split, from the file beside stage 1 if it is there.
+
+    Args:
+        vqgan: stage 1.
+        cohort: of ROIs of its size.
+        mesh: devices to encode on, each an ROI at a time.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = vqgan.workdir / FOLDER / f'step_{vqgan.step}_{vqgan.identity}_{cohort.report["key"][:16]}.npz'
+    sources = {name: cohort.split(name) for name in SPLITS}
+    if not path.exists():
+        arrays = _encode(vqgan, sources, mesh)
+        if is_primary():
+            _save(path, arrays)
+    else:
+        with np.load(path) as stored:
+            arrays = dict(stored)
+    return {
+        name: TokenSource(name, source.ids, source.labels, arrays[f'{name}_tokens'], arrays[f'{name}_scores'])
+        for name, source in sources.items()
+    }
+
+
+def _encode(vqgan: TrainedVQGAN, sources: dict[str, RoiSource], mesh: Mesh) -> dict[str, np.ndarray]:
+    """ROI by ROI on each device, so that tokens do not depend on how many there are."""
+    variables = jax.device_put(vqgan.variables, partitioning.replicated(mesh))
+    encode = partitioning.on_each_device(vqgan.encode, mesh)
+    rows, length, arrays = mesh.shape['data'], int(np.prod(vqgan.grid)), {}
+    total = sum(map(len, sources.values()))
+    with tqdm(total=total, desc='encoding', unit='ROI', disable=None if is_primary() else True) as bar:
+        for name, source in sources.items():
+            parts = [(np.zeros((0, length), np.int32), np.zeros((0, length), np.float32))]
+            for start in range(0, len(source), rows):
+                wanted = range(start, min(start + rows, len(source)))
+                volumes = np.stack([source.volume(position) for position in wanted])
+                padded = np.pad(volumes, [(0, rows - len(volumes)), *[(0, 0)] * 4], mode='edge')
+                parts.append(tuple(a[: len(wanted)] for a in partitioning.gather(encode(variables, padded))))
+                bar.update(len(wanted))
+            tokens, scores = (np.concatenate(part) for part in zip(*parts, strict=True))
+            arrays |= {f'{name}_tokens': tokens, f'{name}_scores': scores}
+    return arrays
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix='.npz', delete=False) as file:
+            np.savez(file, **arrays)
+        os.replace(file.name, path)
+    except PermissionError as error:
+        raise InputError(f'{path} cannot be written ({error.strerror}); tokens are kept beside stage 1') from None

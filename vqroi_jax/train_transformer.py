@@ -1,0 +1,197 @@
+"""The command `transformer`: trains stage 2 on the tokens of a cohort, and shows what it draws.
+
+finished stage 1 -> tokens and scores -> batches -> [the loop: step, validation, figures, checkpoints] -> a run's folder
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from vqroi_jax import masking, viz
+from vqroi_jax.data import pipeline
+from vqroi_jax.decoding import UNKNOWN
+from vqroi_jax.tokens import TokenSource, encode_cohort, find_cohort
+from vqroi_jax.trained import Sampler, Stage1Facts, TrainedVQGAN, check_finished, load_vqgan
+from vqroi_jax.training import loop, partitioning, transformer
+from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
+from vqroi_jax.workdir import is_primary, open_workdir
+
+MASKING_FIGURE = 'masking.png'
+
+
+def run(config: ConfigDict, workdir: str | Path) -> None:
+    """Runs `--config=configs/transformer.py`."""
+    with open_workdir(workdir, config) as folder:
+        train(config, folder)
+
+
+def train(config: ConfigDict, folder: Path) -> None:
+    """Trains, or goes on training, in an opened workdir.
+
+    Args:
+        config: as `configs/transformer.py` has it.
+        folder: the run's.
+
+    Raises:
+        InputError: a setting, stage 1 or the cohort cannot be used; before anything is compiled.
+    """
+    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.model)
+    partitioning.check_batch('batch_size', config.batch_size, config.micro_batches, mesh)
+    partitioning.check_batch('eval_batch_size', config.eval_batch_size, 1, mesh)
+    vqgan = load_vqgan(config.vqgan_workdir, config.vqgan_checkpoint)
+    cohort = find_cohort(vqgan, config.data.path)
+    rois = cohort.split('train')
+    check_finished(vqgan, config.vqgan_checkpoint, len(rois))
+    batch = pipeline.Batches(rois, config.batch_size, config.seed, **partitioning.this_process())
+    recipe = transformer.make_recipe(config, vqgan.model.codes, len(cohort.classes), vqgan.grid, batch.steps_per_epoch)
+    sampler = make_sampler(recipe, vqgan, mesh)
+    facts = stage1_facts(vqgan, cohort)
+    if is_primary():
+        facts.record(folder)
+
+    sources = encode_cohort(vqgan, cohort, mesh)
+    augmented = bool(config.augment.flip)
+    batches = (
+        batch
+        if augmented
+        else pipeline.Batches(sources['train'], config.batch_size, config.seed, **partitioning.this_process())
+    )
+    state = transformer.create_state(recipe, mesh)
+    if is_primary():
+        loop.write_parameters(folder, state.params)
+        print(
+            f'Stage 2: {parameter_overview.count_parameters(state.params):,} parameters on '
+            f'{mesh.devices.size} {mesh.devices.flat[0].platform} device(s); {recipe.masking.length} tokens of '
+            f'{vqgan.model.codes} codes, {batches.steps_per_epoch:g} steps an epoch.'
+        )
+    held_out = sources['val']
+    if not len(held_out):
+        print('warning: no held-out patients, so no validation and no best checkpoint; figures show training ROIs')
+    shown = 'val' if len(held_out) else 'train'
+    if is_primary():
+        viz.save_figure(masking_figure(recipe, sources[shown], cohort.classes), folder / 'figures' / MASKING_FIGURE)
+
+    task = loop.TrainingTask(
+        state=state,
+        train_step=transformer.make_train_step(
+            recipe, state, mesh, *((vqgan.encode, vqgan.variables) if augmented else ())
+        ),
+        batches=batches,
+        put_batch=lambda rows: partitioning.put_batch(rows, mesh),
+        evaluate=make_evaluation(recipe, held_out, cohort.classes, mesh) if len(held_out) else None,
+        figures=make_figures(recipe, sampler, sources[shown], cohort),
+        headline=('loss', 'top1'),
+    )
+    loop.train(task, config.training, folder)
+    if is_primary():
+        viz.save_figure(viz.curves(read_metrics(folder / METRICS_FILE)), folder / 'figures' / 'curves.png')
+
+
+def stage1_facts(vqgan: TrainedVQGAN, cohort: pipeline.PreparedCohort) -> Stage1Facts:
+    """What stage 2 and whoever samples it must know of stage 1."""
+    return Stage1Facts(
+        workdir=str(vqgan.workdir),
+        step=vqgan.step,
+        identity=vqgan.identity,
+        codes=vqgan.model.codes,
+        grid=vqgan.grid,
+        roi_size=vqgan.roi_size,
+        classes=cohort.classes,
+        spacing=cohort.spacing(),
+        synthetic=cohort.report['synthetic'],
+    )
+
+
+def make_evaluation(
+    recipe: transformer.Recipe, source: TokenSource, classes: tuple[str, ...], mesh: Mesh
+) -> Callable[[transformer.TransformerState], dict[str, float]]:
+    """A function that measures how well all held-out patients' tokens are told, each corrupted in one fixed way.
+
+    In all and by class (`val/top1/HGG`): `cross_entropy` over the positions that count for the loss; its exponential,
+    `perplexity`; and `top1`, the share of the corrupted tokens that are told exactly.
+    """
+
+    def sums(params, batch: dict) -> dict[str, jax.Array]:
+        key = jax.random.key(recipe.settings.seed)
+        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch['index'])
+        example = transformer.make_example(recipe, keys, batch['tokens'], batch['scores'], batch['label'])
+        logits = transformer.token_logits(recipe, params, example.ids)
+        told = jnp.take_along_axis(jax.nn.log_softmax(logits), example.target[..., None], axis=-1)[..., 0]
+        right = (jnp.argmax(logits, axis=-1) == example.target) & example.corrupted
+        member = jax.nn.one_hot(batch['label'], len(classes)) * batch['weight'][:, None]
+        of_sample = {
+            'cross_entropy': -jnp.sum(told * example.weight, axis=1),
+            'counted': example.weight.sum(axis=1),
+            'right': right.sum(axis=1),
+            'corrupted': example.corrupted.sum(axis=1),
+        }
+        return {name: jnp.einsum('b,bc->c', values.astype(jnp.float32), member) for name, values in of_sample.items()}
+
+    sums = jax.jit(sums, out_shardings=partitioning.replicated(mesh))
+
+    def figures(total: dict[str, np.ndarray], end: str) -> dict[str, float]:
+        cross_entropy = float(total['cross_entropy'] / max(total['counted'], 1.0))
+        return {
+            f'val/cross_entropy{end}': cross_entropy,
+            f'val/perplexity{end}': float(np.exp(cross_entropy)),
+            f'val/top1{end}': float(total['right'] / max(total['corrupted'], 1.0)),
+        }
+
+    def evaluate(state: transformer.TransformerState) -> dict[str, float]:
+        params = transformer.evaluation_params(state)
+        batches = pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process())
+        parts = [jax.device_get(sums(params, partitioning.put_batch(batch, mesh))) for batch in batches]
+        total = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
+        result = figures({name: values.sum() for name, values in total.items()}, '')
+        for number in np.unique(source.labels):
+            result |= figures({name: values[number] for name, values in total.items()}, f'/{classes[number]}')
+        return result
+
+    return evaluate
+
+
+def make_sampler(recipe: transformer.Recipe, vqgan: TrainedVQGAN, mesh: Mesh) -> Sampler:
+    """What draws the figures' samples, once it is given parameters to use."""
+    settings = recipe.settings
+    return Sampler(recipe.model, vqgan, recipe.classes, settings.sampling, settings.seed, mesh)
+
+
+def make_figures(
+    recipe: transformer.Recipe, sampler: Sampler, source: TokenSource, cohort: pipeline.PreparedCohort
+) -> Callable[[transformer.TransformerState], dict[str, Figure]]:
+    """A function that draws, of a few ROIs, what becomes of half of their tokens, and of their class alone."""
+    shown = pipeline.first_of_each_class(source.labels, recipe.settings.figure_rois)
+    tokens, labels, ids = source.tokens[shown], source.labels[shown], [source.ids[i] for i in shown]
+    grid = recipe.masking.grid
+    rois = cohort.split(source.name)
+    originals = np.stack([rois.volume(i)[..., 0] for i in shown])
+    scores = source.scores[shown].reshape(-1, *grid)
+    names, spacing = [cohort.classes[label] for label in labels], cohort.spacing(ids)
+    half = np.where(np.arange(tokens.shape[1]) < tokens.shape[1] // 2, tokens, UNKNOWN)
+    given = np.concatenate([half, np.full_like(half, UNKNOWN)])
+
+    def figures(state: transformer.TransformerState) -> dict[str, Figure]:
+        sampler.use(transformer.evaluation_params(state))
+        drawn = sampler.tokens(np.tile(labels, 2), range(len(given)), given)
+        volumes = np.stack(list(sampler.decode(np.concatenate([tokens, drawn]))))
+        parts = np.split(volumes, 3)
+        return {'completions': viz.completions(originals, *parts, scores, names, ids, spacing)}
+
+    return figures
+
+
+def masking_figure(recipe: transformer.Recipe, source: TokenSource, classes: tuple[str, ...]) -> Figure:
+    """What the masking hides of a few ROIs."""
+    shown = pipeline.first_of_each_class(source.labels, recipe.settings.figure_rois)
+    keys = jax.random.split(jax.random.key(recipe.settings.seed), len(shown))
+    corrupt = jax.jit(masking.corrupt, static_argnums=3)
+    roles = corrupt(keys, source.tokens[shown], source.scores[shown], recipe.masking).roles
+    grids = (np.asarray(part).reshape(-1, *recipe.masking.grid) for part in (source.scores[shown], roles))
+    return viz.masking(*grids, [classes[i] for i in source.labels[shown]], [source.ids[i] for i in shown])

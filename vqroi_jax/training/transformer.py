@@ -1,0 +1,322 @@
+"""Stage 2's state and training step: pure functions of (state, batch), jitted over the device mesh.
+
+A step corrupts the tokens (`vqroi_jax.masking`), puts the class in front, and learns the true ones. A causal model
+reads the class and all corrupted tokens but the last, so what it predicts at a position it has not seen there; a
+bidirectional one reads the class and all of them. With augmentation the batch brings volumes, and the frozen stage 1
+encodes them within the step. Source: sections 2.3 to 2.5 of the design.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from vqroi_jax import masking
+from vqroi_jax.errors import InputError
+from vqroi_jax.models.transformer import Transformer
+from vqroi_jax.training import optimizers, partitioning
+from vqroi_jax.training.durations import to_steps
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Encode = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]  # (stage 1's variables, volumes) to tokens, scores
+
+AXES = {'depth': 1, 'height': 2, 'width': 3}  # of a batch of volumes
+
+# How the weights are shared out along the mesh axis `model`; attention heads and the MLP's units stay whole.
+RULES = {
+    **{f'{name}/kernel': PartitionSpec(None, None, 'model') for name in ('query', 'key', 'value', 'up')},
+    **{f'{name}/bias': PartitionSpec(None, 'model') for name in ('query', 'key', 'value', 'up')},
+    **{f'{name}/kernel': PartitionSpec(None, 'model', None) for name in ('projection', 'down')},
+    'token_embedding': PartitionSpec(None, 'model'),
+    'position_embedding': PartitionSpec(None, 'model'),
+    'head/kernel': PartitionSpec('model', None),
+}
+
+
+@flax.struct.dataclass
+class TransformerState:
+    """All that a run of stage 2 is, between two steps."""
+
+    step: jax.Array  # int32: steps taken
+    params: Any  # float32, blocks stacked along their first axis
+    optimizer: optax.OptState
+    average: Any  # moving average of `params`; None where the config has none
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a step needs to know besides the state."""
+
+    model: Transformer
+    masking: masking.Settings
+    codes: int  # in the codebook, K; token K is [MASK]
+    classes: int
+    optimizer: optax.GradientTransformation  # without the learning rate
+    rate: optax.Schedule
+    settings: ml_collections.ConfigDict  # the task's config
+
+
+def make_model(config: ml_collections.ConfigDict, codes: int, classes: int, length: int) -> Transformer:
+    """The network of a config of the task `transformer`.
+
+    Args:
+        config: as `configs/transformer.py` has it.
+        codes: in the codebook.
+        classes: of the cohort.
+        length: tokens a sample.
+
+    Raises:
+        InputError: a size does not divide, or a name is unknown.
+    """
+    model = config.model
+    for field, value, known in (
+        ('dtype', config.dtype, ('float32', 'bfloat16')),
+        ('loss_on', config.loss_on, ('all', 'masked')),
+        ('model.attention', model.attention, ('causal', 'bidirectional')),
+        ('model.remat', model.remat, ('none', 'blocks')),
+    ):
+        if value not in known:
+            raise InputError(f'config.{field}={value!r}: choose one of {", ".join(known)}')
+    for field in ('layers', 'width', 'heads'):
+        if model[field] < 1:
+            raise InputError(f'config.model.{field}={model[field]}: expected 1 or more')
+    if model.width % model.heads:
+        raise InputError(f'config.model.width={model.width} does not divide by config.model.heads={model.heads}')
+    if model.heads % config.mesh.model:
+        raise InputError(f'config.model.heads={model.heads} does not divide by config.mesh.model={config.mesh.model}')
+    if not 0 <= config.label_dropout < 1:
+        raise InputError(f'config.label_dropout={config.label_dropout}: expected a share from 0 to below 1')
+    if unknown := [axis for axis in config.augment.flip if axis not in AXES]:
+        raise InputError(f'config.augment.flip: {unknown[0]!r} is none of {", ".join(AXES)}')
+    causal = model.attention == 'causal'
+    return Transformer(
+        vocabulary=codes + 1 + classes + (config.label_dropout > 0),
+        positions=length if causal else length + 1,
+        layers=model.layers,
+        width=model.width,
+        heads=model.heads,
+        causal=causal,
+        remat=model.remat,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def make_recipe(
+    config: ml_collections.ConfigDict, codes: int, classes: int, grid: Sequence[int], steps_per_epoch: float
+) -> Recipe:
+    """Network, masking and durations of a config of the task `transformer`.
+
+    Args:
+        config: as `configs/transformer.py` has it.
+        codes: in the codebook.
+        classes: of the cohort.
+        grid: latent depth, height and width.
+        steps_per_epoch: steps that see as many samples as the cohort has.
+
+    Raises:
+        InputError: a setting cannot be used.
+    """
+    settings = masking.Settings.read(config.masking, tuple(grid), codes)
+    settings.check()
+    total = to_steps(config.training.duration, steps_per_epoch, 'config.training.duration')
+    return Recipe(
+        model=make_model(config, codes, classes, math.prod(grid)),
+        masking=settings,
+        codes=codes,
+        classes=classes,
+        optimizer=optimizers.make_optimizer(config.optimizer, decayed=_is_kernel),
+        rate=optimizers.cosine_rate(config.optimizer, total),
+        settings=config,
+    )
+
+
+def _is_kernel(params: Any) -> Any:
+    """Which parameters decay: the kernels of linear layers, the head's included, and no embedding."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
+
+
+def create_state(recipe: Recipe, mesh: Mesh) -> TransformerState:
+    """The state before the first step, created where it will live.
+
+    Args:
+        recipe: whose `settings.seed` decides the initial values.
+        mesh: whose axis `model` shares the weights out.
+    """
+
+    def create() -> TransformerState:
+        ids = jnp.zeros((1, recipe.model.positions), jnp.int32)
+        params = recipe.model.init(jax.random.key(recipe.settings.seed), ids)['params']
+        return TransformerState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            optimizer=recipe.optimizer.init(params),
+            average=jax.tree.map(jnp.copy, params) if recipe.settings.ema_decay > 0 else None,
+        )
+
+    return jax.jit(create, out_shardings=state_shardings(jax.eval_shape(create), mesh))()
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Where each array of a state (or its parameters alone, or their shapes) lives on a mesh."""
+    return partitioning.shardings(state, RULES, mesh)
+
+
+class Example(NamedTuple):
+    """A batch as the network sees it."""
+
+    ids: jax.Array  # int32 [B, T]: the class, then corrupted tokens
+    target: jax.Array  # int32 [B, L]: the true tokens
+    weight: jax.Array  # float32 [B, L]: 1 where a position counts for the loss
+    corrupted: jax.Array  # bool [B, L]
+
+
+def make_example(recipe: Recipe, keys: jax.Array, tokens: jax.Array, scores: jax.Array, label: jax.Array) -> Example:
+    """Corrupts tokens and puts the class in front.
+
+    Args:
+        recipe: whose masking, loss positions and attention are used.
+        keys: random keys `[B]`.
+        tokens: int32 `[B, L]`.
+        scores: float32 `[B, L]`, importance in (0, 1).
+        label: int32 `[B]`; the number of classes stands for none (a dropped label).
+    """
+    corruption = masking.corrupt(keys, tokens, scores, recipe.masking)
+    corrupted = corruption.roles != masking.Role.KEPT
+    counted = corrupted if recipe.settings.loss_on == 'masked' else jnp.ones_like(corrupted)
+    read = corruption.tokens[:, :-1] if recipe.model.causal else corruption.tokens
+    ids = jnp.concatenate([recipe.codes + 1 + label[:, None], read], axis=1)
+    return Example(ids, tokens, counted.astype(jnp.float32), corrupted)
+
+
+def token_logits(recipe: Recipe, params: Any, ids: jax.Array) -> jax.Array:
+    """The logits of every token of the grid, float32 `[B, L, V]`."""
+    logits = recipe.model.apply({'params': params}, ids)
+    return logits if recipe.model.causal else logits[:, 1:]
+
+
+class Draws(NamedTuple):
+    """A step's random keys, one for each row of the batch."""
+
+    masking: jax.Array
+    label: jax.Array
+    flip: jax.Array
+
+
+def draw_keys(recipe: Recipe, step: jax.Array, rows: int) -> Draws:
+    """The keys of a step: they depend on the seed, the step and the row of the global batch, and nothing else."""
+    key = jax.random.fold_in(jax.random.key(recipe.settings.seed), step)
+    keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(key, row), 3))(jnp.arange(rows))
+    return Draws(keys[:, 0], keys[:, 1], keys[:, 2])
+
+
+def drop_labels(keys: jax.Array, label: jax.Array, classes: int, share: float) -> jax.Array:
+    """Replaces a share of the labels int32 `[B]` by `classes`, which stands for none."""
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, share))(keys)
+    return jnp.where(dropped, classes, label)
+
+
+def flip(keys: jax.Array, volume: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Mirrors each of the volumes `[B, D, H, W, 1]` along each of the named axes by a fair coin."""
+    coins = jax.vmap(lambda key: jax.random.bernoulli(key, shape=(len(axes),)))(keys)
+    for coin, axis in zip(coins.T, axes, strict=True):
+        volume = jnp.where(coin[:, None, None, None, None], jnp.flip(volume, AXES[axis]), volume)
+    return volume
+
+
+def gradients(recipe: Recipe, params: Any, example: Example) -> tuple[Any, Metrics]:
+    """Gradient of the mean cross-entropy over all positions that count in the whole global batch, and metrics.
+
+    Computed in `micro_batches` parts one after the other, with the same result.
+    """
+    total = jnp.maximum(example.weight.sum(), 1.0)
+    hidden = jnp.maximum(example.corrupted.sum(), 1)
+
+    def part_loss(params, part: Example):
+        logits = token_logits(recipe, params, part.ids)
+        loss = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, part.target) * part.weight) / total
+        right = jnp.sum((jnp.argmax(logits, axis=-1) == part.target) & part.corrupted) / hidden
+        return loss, {'loss': loss, 'top1': right}
+
+    number = recipe.settings.micro_batches
+    if number == 1:
+        return jax.grad(part_loss, has_aux=True)(params, example)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, jax.grad(part_loss, has_aux=True)(params, part)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params), {'loss': jnp.zeros(()), 'top1': jnp.zeros(())}
+    return jax.lax.scan(add, zeros, partitioning.micro_batches(example, number))[0]
+
+
+def update(recipe: Recipe, state: TransformerState, example: Example) -> tuple[TransformerState, Metrics]:
+    """One step on a given example; where the loss or gradient is not finite, only `step` moves on.
+
+    Returns:
+        The new state, and metrics: float32 scalars, `finite` bool.
+    """
+    gradient, metrics = gradients(recipe, state.params, example)
+    rate = recipe.rate(state.step)
+    updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, state.params)
+    params, average = optimizers.apply(state.params, updates, rate), None
+    if recipe.settings.ema_decay > 0:
+        average = optax.incremental_update(params, state.average, 1 - recipe.settings.ema_decay)
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(metrics['loss'] + norm)
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, optimizer, average),
+        (state.params, state.optimizer, state.average),
+    )
+    metrics |= {
+        'perplexity': jnp.exp(metrics['loss']),
+        'gradient_norm': norm,
+        'learning_rate': rate,
+        'finite': finite,
+    }
+    return TransformerState(state.step + 1, *kept), metrics
+
+
+def make_train_step(
+    recipe: Recipe, state: TransformerState, mesh: Mesh, encode: Encode | None = None, variables: Any = None
+) -> Callable[[TransformerState, Batch], tuple[TransformerState, Metrics]]:
+    """The jitted step over a mesh: (state, global batch) to (state, metrics); the state is donated.
+
+    Args:
+        recipe: what to compute.
+        state: or its shapes.
+        mesh: of the run.
+        encode: from stage 1's variables and volumes `[B, D, H, W, 1]` to tokens and scores `[B, L]`, for batches that
+            bring `volume`; None for batches that bring `tokens` and `scores`.
+        variables: of stage 1, frozen.
+    """
+    settings = recipe.settings
+
+    def step(state, batch, variables):
+        label = batch['label']
+        keys = draw_keys(recipe, state.step, len(label))
+        if encode:
+            tokens, scores = encode(variables, flip(keys.flip, batch['volume'], settings.augment.flip))
+        else:
+            tokens, scores = batch['tokens'], batch['scores']
+        if settings.label_dropout > 0:
+            label = drop_labels(keys.label, label, recipe.classes, settings.label_dropout)
+        return update(recipe, state, make_example(recipe, keys.masking, tokens, scores, label))
+
+    whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
+    places = state_shardings(state, mesh)
+    jitted = jax.jit(step, in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
+    variables = jax.device_put(variables, whole)
+    return lambda state, batch: jitted(state, batch, variables)
+
+
+def evaluation_params(state: TransformerState) -> Any:
+    """The parameters for evaluation and sampling: their moving average where there is one."""
+    return state.params if state.average is None else state.average
