@@ -2,7 +2,8 @@
 
     python -m vqroi_jax.main --config=configs/demo.py --workdir=runs/demo
 
-Each stage takes the `demo` variant of its own config. Variants: `demo` (default) and `smoke` (seconds, for tests).
+Each stage takes the `demo` variant of its own config. Variants: `demo` (default), `bidirectional` (stage 2 fills masks
+in both directions and samples in a few passes) and `smoke` (seconds, for tests).
 """
 
 import pathlib
@@ -10,7 +11,7 @@ import runpy
 
 import ml_collections
 
-VARIANTS = ('demo', 'smoke')
+VARIANTS = ('demo', 'bidirectional', 'smoke')
 
 
 def get_config(variant: str = 'demo') -> ml_collections.ConfigDict:
@@ -19,7 +20,11 @@ def get_config(variant: str = 'demo') -> ml_collections.ConfigDict:
         raise ValueError(f'configs/demo.py has no variant {variant!r}; choose one of {", ".join(VARIANTS)}')
     config = ml_collections.ConfigDict()
     config.task = 'demo'
-    for stage in ('prepare', 'vqgan'):
+    for stage in ('prepare', 'vqgan', 'transformer', 'generate'):
         file = pathlib.Path(__file__).with_name(f'{stage}.py')
-        config[stage] = runpy.run_path(str(file))['get_config'](variant)
+        config[stage] = runpy.run_path(str(file))['get_config']('smoke' if variant == 'smoke' else 'demo')
+    if variant == 'bidirectional':
+        config.transformer.model.attention = 'bidirectional'
+        config.transformer.masking.strategy = 'random_ratio'
+        config.transformer.loss_on = 'masked'
     return config

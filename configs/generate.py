@@ -61,6 +61,9 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
 
     if variant == 'demo':
         config.number = 100
+        sampling.guidance = 0.5
+        intensity.background = 0.25  # voxels are coarse and edges soft, so the border lies higher up
+        sampling.sub_batch = 25
     if variant == 'smoke':
         config.number = 2
         sampling.passes = 4

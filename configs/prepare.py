@@ -49,10 +49,10 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     phantom.spacing = 1.0  # mm a voxel, all axes; the head is 240 x 240 x 155 mm
 
     if variant in ('demo', 'smoke'):
-        data.roi_size = (32, 32, 32)
+        data.roi_size = (24, 24, 24)
         data.split.val = 0.15
         data.split.test = 0.15
-        phantom.spacing = 4.0
+        phantom.spacing = 16 / 3  # the ROI is 128 mm wide, as at paper scale
         phantom.patients = 160
     if variant == 'smoke':
         phantom.patients = 8

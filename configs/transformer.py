@@ -4,7 +4,7 @@
         --workdir=runs/transformer
 
 Variants: `paper` (default: 24 layers of width 1024, 5,000 epochs), `release` (the authors' published code's choices in
-masking), `bidirectional` (fills masks in both directions, and samples in a few passes), `demo` (8³ tokens of phantoms,
+masking), `bidirectional` (fills masks in both directions, and samples in a few passes), `demo` (6³ tokens of phantoms,
 minutes on a CPU) and `smoke` (seconds on a CPU, for tests).
 Durations are text, '2000 epochs' or '500 steps'; inside the program everything is counted in steps. Sizes of tokens and
 codebook, and the classes, are stage 1's.
@@ -100,22 +100,24 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
         config.batch_size = config.eval_batch_size = 16
         model.layers = 4
         model.width = 128
-        model.heads = 4
+        model.heads = 2
         masking.ratio = 0.1
-        optimizer.learning_rate = 2e-3
+        config.label_dropout = 0.1
+        config.ema_decay = 0.98
+        optimizer.learning_rate = 3e-3
         optimizer.final_learning_rate = 1e-5
         optimizer.b2 = 0.98
         training.duration = '500 steps'
         training.log_every = '25 steps'
         training.eval_every = '100 steps'
-        training.figures_every = '250 steps'
+        training.figures_every = '500 steps'
         training.checkpoint_every = '250 steps'
     if variant == 'smoke':
         config.batch_size = config.eval_batch_size = 8
         model.layers = 2
         model.width = 32
-        model.heads = 2
         masking.ratio = 0.5
+        config.label_dropout = config.ema_decay = 0.0
         training.duration = '12 steps'
         training.log_every = '2 steps'
         training.eval_every = '6 steps'

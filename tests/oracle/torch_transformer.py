@@ -125,7 +125,7 @@ class Trainer:
         ids = {id(kernel) for kernel in kernels}
         others = [parameter for parameter in self.network.parameters() if id(parameter) not in ids]
         groups = [{'params': kernels, 'weight_decay': 0.01}, {'params': others, 'weight_decay': 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)
+        self.optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def step(self, corrupted: Tensor, tokens: Tensor, labels: Tensor, counted: Tensor) -> float:
         """Takes one step; returns the loss before it."""

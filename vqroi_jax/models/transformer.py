@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vqroi_jax.models.attention import attend
 from vqroi_jax.models.layers import Dense
 
 _NORMAL = nn.initializers.normal(0.02)
@@ -59,8 +60,7 @@ class Block(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, T, width]` to the same shape."""
-        attended = jax.nn.dot_product_attention(*self._heads(x), is_causal=self.causal)
-        return self._finish(x, attended)
+        return self._finish(x, attend(*self._heads(x), self.causal))
 
     def step(
         self, x: jax.Array, keys: jax.Array, values: jax.Array, position: jax.Array

@@ -1,0 +1,311 @@
+"""How long do a training step of stage 2 and a sample take, beside the same in PyTorch?
+
+    python tests/benchmarks/stage2.py [--layers=24] [--width=1024] [--length=512] [--repeats=3] [--only=train]
+
+Training: a step of batch 3, masking included on our side, float32. The PyTorch side is the oracle of the parity tests.
+Both sides run in one process, a step of one after a step of the other; memory is the peak of resident memory of a
+process that does nothing else. Operations are counted as each side does them.
+
+Sampling: ours as it is, with the keys and values of earlier tokens kept. PyTorch's computes everything anew for each
+token: it is timed at a few lengths of what has been drawn, and the times in between are interpolated and added up; what
+drawing from the logits takes is left out. Parallel decoding of the bidirectional network is timed on our side alone.
+Two floors stand beside our times: reading the weights of all layers once a token, which a batch shares, at the
+bandwidth measured here; and the matrix products at the rate of a large one. The keys and values that are read too are
+in neither. Prints Markdown tables.
+
+PyTorch's threads sleep while they wait for each other (OMP_WAIT_POLICY=PASSIVE, unless it is set). By default they
+spin, and where another program wants the cores too, small passes then take up to a hundred times as long. Measure on an
+idle machine all the same: the load is printed with the tables.
+"""
+
+import argparse
+import gc
+import math
+import os
+import resource
+import runpy
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from stage1_step import MEMORY_STEPS, count_operations, product_rate, seconds
+
+from vqroi_jax import decoding
+from vqroi_jax.models.transformer import unstack
+from vqroi_jax.training import partitioning, transformer
+
+ROOT = Path(__file__).parents[2]
+CODES, CLASSES = 1024, 2
+SLICE = (8, 8)  # height and width of the latent grid; the length decides on the depth
+HEAD_WIDTH = 64
+TRAINING_BATCH = 3
+SAMPLING_BATCHES = (1, 16)
+PARALLEL_BATCH, PARALLEL_PASSES = 16, 12
+RATES = 3  # of matrix products, the best of which counts: other programs can only lower it
+PREFIXES = 5  # lengths at which PyTorch's sampler is timed
+Side = tuple[Callable[[], None], Callable[[], float]]  # takes one step, counts its operations
+
+sys.path.insert(0, str(ROOT / 'tests'))  # for the oracle
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # read when PyTorch is loaded, which is later
+
+
+def settings(layers: int, width: int, attention: str) -> ml_collections.ConfigDict:
+    """The paper's config with a network of this size and kind."""
+    config = runpy.run_path(str(ROOT / 'configs' / 'transformer.py'))['get_config']('paper')
+    config.model.layers, config.model.width, config.model.heads = layers, width, width // HEAD_WIDTH
+    config.model.attention = attention
+    return config
+
+
+def make_recipe(options: argparse.Namespace, attention: str = 'causal') -> transformer.Recipe:
+    """Our network and optimiser."""
+    grid = options.length // math.prod(SLICE), *SLICE
+    config = settings(options.layers, options.width, attention)
+    return transformer.make_recipe(config, CODES, CLASSES, grid, steps_per_epoch=94)
+
+
+def make_tokens(length: int) -> np.ndarray:
+    """A batch to train on, int32 [3, length]; the time does not depend on what it says."""
+    return np.random.default_rng(0).integers(CODES, size=(TRAINING_BATCH, length)).astype(np.int32)
+
+
+def our_step(options: argparse.Namespace) -> Side:
+    """Compiles our step; returns a function that takes one step and one that counts its operations."""
+    mesh, recipe = partitioning.make_mesh(1), make_recipe(options)
+    tokens, label = make_tokens(options.length), np.arange(TRAINING_BATCH, dtype=np.int32) % CLASSES
+    scores = np.random.default_rng(1).uniform(0.1, 0.9, tokens.shape).astype(np.float32)
+    batch = partitioning.put_batch({'tokens': tokens, 'scores': scores, 'label': label}, mesh)
+    state = [transformer.create_state(recipe, mesh)]
+    gc.collect()
+    step = transformer.make_train_step(recipe, state[0], mesh)
+
+    def run() -> None:
+        state[0], metrics = step(state[0], batch)
+        if not metrics['finite']:
+            raise FloatingPointError('our step is not finite')
+
+    def plain_step(state):
+        keys = transformer.draw_keys(recipe, state.step, TRAINING_BATCH).masking
+        return transformer.update(recipe, state, transformer.make_example(recipe, keys, tokens, scores, label))
+
+    return run, lambda: count_operations(jax.make_jaxpr(plain_step)(state[0]).jaxpr)
+
+
+def pytorch_sizes(options: argparse.Namespace):
+    """The oracle's sizes."""
+    from oracle.torch_transformer import Sizes
+
+    return Sizes(CODES, CLASSES, options.length, options.layers, options.width, options.width // HEAD_WIDTH)
+
+
+def pytorch_step(options: argparse.Namespace) -> Side:
+    """The oracle's step, likewise; half of its tokens are masked beforehand."""
+    import torch
+    from oracle.torch_transformer import Trainer
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.manual_seed(0)
+    trainer, tokens = Trainer(pytorch_sizes(options)), torch.from_numpy(make_tokens(options.length)).long()
+    corrupted = torch.where(torch.rand(tokens.shape) < 0.5, CODES, tokens)
+    labels, counted = torch.arange(TRAINING_BATCH) % CLASSES, torch.ones_like(tokens, dtype=torch.bool)
+
+    def run() -> None:
+        if not math.isfinite(trainer.step(corrupted, tokens, labels, counted)):
+            raise FloatingPointError("PyTorch's step is not finite")
+
+    def count() -> float:
+        """Of plain attention, since the counter does not know the fused one of CPUs."""
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    return run, count
+
+
+STEPS = {'PyTorch': pytorch_step, 'ours': our_step}
+
+
+def peak_memory(arguments: Sequence[str], name: str) -> float:
+    """Peak resident bytes of a process that takes a few training steps of one side."""
+    command = [sys.executable, __file__, *arguments, f'--memory={name}']
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def measure_training(options: argparse.Namespace, arguments: Sequence[str], rate: float) -> None:
+    """Measures both sides' training steps and prints their table."""
+    memory = {name: peak_memory(arguments, name) for name in STEPS}
+    sides = {name: make(options) for name, make in STEPS.items()}
+    operations = {name: count() for name, (_, count) in sides.items()}
+    times = {name: [] for name in STEPS}
+    for repeat in range(options.repeats + 1):
+        for name, (run, _) in sides.items():
+            elapsed = seconds(run)
+            if repeat > 0:  # the first compiles and warms up
+                times[name].append(elapsed)
+    print(f'\nTraining step, batch {TRAINING_BATCH}; matrix product {rate / 1e9:.0f} GFLOP/s\n')
+    print('| | seconds a step (all) | core seconds a step | peak memory | TFLOP a step | GFLOP/s |')
+    print('| --- | --- | --- | --- | --- | --- |')
+    medians = {name: [statistics.median(column) for column in zip(*times[name], strict=True)] for name in STEPS}
+    for name, (median, core_median) in medians.items():
+        print(
+            f'| {name} | {median:.2f} ({", ".join(f"{clock:.2f}" for clock, _ in times[name])}) | {core_median:.2f} '
+            f'| {memory[name] / 1e9:.1f} GB | {operations[name] / 1e12:.2f} | {operations[name] / median / 1e9:.0f} |'
+        )
+    ratios = [theirs / ours for theirs, ours in zip(medians['PyTorch'], medians['ours'], strict=True)]
+    print(
+        f'\nPyTorch / ours: time {ratios[0]:.2f}, core time {ratios[1]:.2f}, '
+        f'memory {memory["PyTorch"] / memory["ours"]:.2f}'
+    )
+
+
+def bandwidth() -> float:
+    """Bytes of memory read a second: the best of products of a gigabyte's matrix with a vector."""
+    matrix, vector = jnp.ones((16384, 16384)), jnp.ones((1, 16384))
+    product = jax.jit(lambda vector, matrix: jnp.einsum('bi,oi->bo', vector, matrix))
+    product(vector, matrix).block_until_ready()
+    return matrix.nbytes / min(seconds(lambda: product(vector, matrix).block_until_ready())[0] for _ in range(9))
+
+
+def make_params(recipe: transformer.Recipe) -> dict:
+    """Our network's first parameters, without an optimiser's state."""
+    ids = jnp.zeros((1, recipe.model.positions), jnp.int32)
+    return jax.jit(lambda key: recipe.model.init(key, ids)['params'])(jax.random.key(0))
+
+
+def our_sampler(recipe: transformer.Recipe, params: dict, batch: int, length: int) -> Callable[[], None]:
+    """Compiles the sampler of this kind of network; returns a function that draws a batch."""
+    decode = {'autoregressive': decoding.autoregressive, 'parallel': decoding.parallel}
+    method, sampling = decode[decoding.method_of(recipe.model)], decoding.Sampling(passes=PARALLEL_PASSES)
+
+    def draw(params, keys, labels, given):
+        return method(recipe.model, params, keys, labels, given, CODES, sampling)
+
+    keys, labels = jax.random.split(jax.random.key(0), batch), jnp.arange(batch, dtype=jnp.int32) % CLASSES
+    arrays = params, keys, labels, jnp.full((batch, length), decoding.UNKNOWN, jnp.int32)
+    compiled = jax.jit(draw).lower(*arrays).compile()
+    return lambda: compiled(*arrays).block_until_ready()
+
+
+def pytorch_passes(options: argparse.Namespace, batch: int) -> dict[int, Callable[[], None]]:
+    """Forward passes of the oracle as its sampler takes them, by the length of what they read."""
+    import torch
+    from oracle.torch_transformer import GPT
+
+    network = GPT(pytorch_sizes(options))
+
+    def make(length: int) -> Callable[[], None]:
+        ids = torch.zeros((batch, length), dtype=torch.long)
+
+        @torch.no_grad()
+        def run() -> None:
+            network(ids)
+
+        return run
+
+    lengths = np.linspace(1, options.length, PREFIXES).round().astype(int)
+    return {int(length): make(int(length)) for length in lengths}
+
+
+def add_up(times: dict[int, float], length: int) -> float:
+    """The sum over all lengths from 1, from the times at a few of them."""
+    return float(np.interp(np.arange(1, length + 1), list(times), list(times.values())).sum())
+
+
+def weights(params: dict) -> tuple[int, int]:
+    """Numbers that a token needs of the unstacked parameters: all but the embeddings, and of these the kernels."""
+    leaves = jax.tree.leaves({name: part for name, part in params.items() if not name.endswith('_embedding')})
+    return sum(leaf.size for leaf in leaves), sum(leaf.size for leaf in leaves if leaf.ndim > 1)
+
+
+def measure_sampling(options: argparse.Namespace, rate: float) -> None:
+    """Measures both sides' samplers and prints their tables."""
+    recipe = make_recipe(options)
+    params = jax.jit(unstack)(make_params(recipe))
+    read, multiplied = weights(params)
+    speed = bandwidth()
+    rows, notes = [], []
+    for batch in SAMPLING_BATCHES:
+        run, passes = our_sampler(recipe, params, batch, options.length), pytorch_passes(options, batch)
+        for run_pass in passes.values():  # warms up; ours is compiled, and of hundreds of tokens the first tells little
+            run_pass()
+        times, of_passes = [], {length: [] for length in passes}
+        for _ in range(options.repeats):
+            times.append(seconds(run)[0] / batch)
+            for length, run_pass in passes.items():
+                of_passes[length].append(seconds(run_pass)[0])
+        ours = statistics.median(times)
+        medians = {length: statistics.median(values) for length, values in of_passes.items()}
+        theirs = add_up(medians, options.length) / batch
+        floors = 4 * read * options.length / speed / batch, 2 * multiplied * options.length / rate
+        rows.append(
+            f'| {batch} | {ours:.2f} ({", ".join(f"{value:.2f}" for value in times)}) | {floors[0]:.2f} '
+            f'| {floors[1]:.2f} | {ours / max(floors):.2f} | {theirs:.1f} | {theirs / ours:.0f} |'
+        )
+        notes.append(f'batch {batch}: ' + ', '.join(f'{value:.3f} s at {n}' for n, value in medians.items()))
+    print(f'\nSampling; memory {speed / 1e9:.1f} GB/s, matrix product {rate / 1e9:.0f} GFLOP/s; seconds a sample\n')
+    print('| batch | ours (all) | floor: weights | floor: products | ours / higher floor | PyTorch | PyTorch / ours |')
+    print('| --- | --- | --- | --- | --- | --- | --- |')
+    print(*rows, sep='\n')
+    print('\nA pass of PyTorch, by the length of what it reads: ' + '; '.join(notes))
+
+
+def measure_parallel(options: argparse.Namespace, rate: float) -> None:
+    """Measures parallel decoding and prints its table."""
+    recipe = make_recipe(options, 'bidirectional')
+    params = make_params(recipe)
+    _, multiplied = weights(jax.eval_shape(unstack, params))
+    run = our_sampler(recipe, params, PARALLEL_BATCH, options.length)
+    times = [seconds(run)[0] / PARALLEL_BATCH for _ in range(options.repeats)]
+    ours = statistics.median(times)
+    floor = 2 * multiplied * recipe.model.positions * PARALLEL_PASSES / rate
+    print(f'\nParallel decoding of {PARALLEL_PASSES} passes; seconds a sample\n')
+    print('| batch | ours (all) | floor: products | ours / floor |')
+    print('| --- | --- | --- | --- |')
+    print(
+        f'| {PARALLEL_BATCH} | {ours:.2f} ({", ".join(f"{value:.2f}" for value in times)}) | {floor:.2f} '
+        f'| {ours / floor:.2f} |'
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Measures and prints the tables; with --memory, the figure of one side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--layers', type=int, default=24)
+    parser.add_argument('--width', type=int, default=1024, help=f'of each layer, a multiple of {HEAD_WIDTH}')
+    parser.add_argument('--length', type=int, default=512, help=f'tokens, a multiple of {math.prod(SLICE)}')
+    parser.add_argument('--repeats', type=int, default=3, help='timed runs of each side')
+    parser.add_argument('--only', choices=('train', 'sample'), help='measure one of the two')
+    parser.add_argument('--memory', choices=tuple(STEPS), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.width % HEAD_WIDTH or options.length % math.prod(SLICE):
+        parser.error(f'--width has to divide by {HEAD_WIDTH}, --length by {math.prod(SLICE)}')
+
+    if options.memory:
+        run, _ = STEPS[options.memory](options)
+        for _ in range(MEMORY_STEPS):
+            run()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+
+    print(
+        f'{options.layers} x {options.width}, {options.length} tokens, float32, {os.cpu_count()} cores, '
+        f'load before the start {os.getloadavg()[0]:.1f}'
+    )
+    rate = max(product_rate() for _ in range(RATES))
+    if options.only != 'sample':
+        measure_training(options, arguments, rate)
+        gc.collect()
+    if options.only != 'train':
+        measure_sampling(options, rate)
+        measure_parallel(options, rate)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

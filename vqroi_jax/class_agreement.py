@@ -1,0 +1,141 @@
+"""Do samples look like their class? A small classifier, trained on real ROIs alone, is asked.
+
+It stands apart from both stages, so that it has not been part of what it judges. `train` fits it to training ROIs;
+`class_logits` tells held-out ROIs and samples, and `accuracy` how many were told rightly. Held-out ROIs show how far it
+can be trusted, and their reconstructions what stage 1 alone costs.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vqroi_jax.models.layers import Conv3D
+
+EPOCHS, BATCH, RATE, DECAY = 60, 32, 3e-3, 1e-2  # of training: AdamW, one cycle of the learning rate
+_FEATURES, _DROPOUT = (12, 24, 48), 0.3
+
+
+class SmallClassifier(nn.Module):
+    """A CNN of three layers over ROIs.
+
+    Attributes:
+        classes: number of classes.
+    """
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, volume: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Logits float32 `[B, classes]`.
+
+        Args:
+            volume: `[B, D, H, W]` in [-1, 1], sides of at least 2; an odd last voxel is not seen.
+            key: for dropout; None: no dropout.
+        """
+        cubes = tuple(side // 2 for side in volume.shape[1:])
+        x = volume[:, : 2 * cubes[0], : 2 * cubes[1], : 2 * cubes[2]]
+        x = x.reshape(-1, cubes[0], 2, cubes[1], 2, cubes[2], 2).transpose(0, 1, 3, 5, 2, 4, 6)
+        x = x.reshape(-1, *cubes, 8)
+        for features in _FEATURES:
+            x = nn.relu(Conv3D(features, kernel_size=3, padding=1, kernel_init=nn.initializers.lecun_normal())(x))
+            window = tuple(min(2, side) for side in x.shape[1:-1])
+            x = nn.avg_pool(x, window, window)
+        x = x.reshape(len(x), -1)
+        x = nn.Dropout(_DROPOUT, deterministic=key is None)(x, rng=key)
+        return nn.Dense(self.classes)(x)
+
+
+def train(volumes: np.ndarray, labels: np.ndarray, classes: int, seed: int = 0, epochs: int = EPOCHS) -> Any:
+    """Fits the classifier, with ROIs mirrored along each axis and smoothed at random.
+
+    Smoothed, so that it looks at shape and contrast, and not at the noise of single voxels, which no autoencoder keeps.
+
+    Args:
+        volumes: real training ROIs, float32 `[n, D, H, W]` in [-1, 1].
+        labels: int `[n]` in [0, classes).
+        classes: their number.
+        seed: of initial values, order, mirroring and dropout.
+        epochs: passes over the ROIs.
+
+    Returns:
+        The parameters, for `class_logits`.
+    """
+    steps = epochs * -(-len(volumes) // BATCH)
+    model = SmallClassifier(classes)
+    optimiser = optax.adamw(optax.cosine_onecycle_schedule(steps, RATE), weight_decay=DECAY)
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(len(volumes)) for _ in range(-(-steps * BATCH // len(volumes)))])
+    order = order[: steps * BATCH].reshape(steps, BATCH)
+    start, drops = jax.random.split(jax.random.key(seed))
+
+    @jax.jit
+    def fit(volumes, labels, order, coins):
+        def step(carry, batch):
+            params, state = carry
+            rows, coins, key = batch
+            x = volumes[rows]
+            for axis in (1, 2, 3):
+                x = jnp.where(coins[axis - 1], jnp.flip(x, axis), x)
+            for coin in coins[3:]:
+                x = jnp.where(coin, smooth(x), x)
+
+            def loss(params):
+                logits = model.apply(params, x, key)
+                return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
+
+            updates, state = optimiser.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = model.init(start, volumes[:1])
+        batches = order, coins, jax.random.split(drops, len(order))
+        return jax.lax.scan(step, (params, optimiser.init(params)), batches)[0][0]
+
+    return fit(volumes, labels, order, rng.random((steps, 5)) < 0.5)
+
+
+def smooth(volumes: jax.Array) -> jax.Array:
+    """Weighs each voxel of `[B, D, H, W]` with its neighbours, 1-2-1 along each axis; edges are repeated."""
+    for axis in (1, 2, 3):
+        first, last = (jax.lax.slice_in_dim(volumes, *ends, axis=axis) for ends in ((0, -1), (1, None)))
+        edges = (jax.lax.slice_in_dim(volumes, *ends, axis=axis) for ends in ((0, 1), (-1, None)))
+        start, end = edges
+        volumes = (2 * volumes + jnp.concatenate([start, first], axis) + jnp.concatenate([last, end], axis)) / 4
+    return volumes
+
+
+def class_logits(params: Any, volumes: np.ndarray, classes: int) -> np.ndarray:
+    """Logits float32 `[n, classes]` of ROIs `[n, D, H, W]` in [-1, 1]: the mean over mirrored views."""
+    tell = _tell(classes)
+    parts = [tell(params, volumes[start : start + BATCH]) for start in range(0, len(volumes), BATCH)]
+    return np.concatenate([np.zeros((0, classes), np.float32), *parts])
+
+
+@functools.cache
+def _tell(classes: int) -> Any:
+    model = SmallClassifier(classes)
+
+    @jax.jit
+    def tell(params, volumes):
+        views = [volumes, *(jnp.flip(volumes, axis) for axis in (1, 2, 3))]
+        return sum(model.apply(params, view) for view in views) / len(views)
+
+    return tell
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """Share of ROIs told rightly: in all as '', and by the name of each class that occurs.
+
+    Args:
+        logits: `[n, classes]`.
+        labels: int `[n]`: the true or intended classes.
+        classes: their names.
+    """
+    right = np.argmax(logits, axis=1) == labels
+    by_class = {classes[number]: float(right[labels == number].mean()) for number in np.unique(labels)}
+    return {'': float(right.mean()), **by_class}
