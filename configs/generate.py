@@ -45,7 +45,8 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     # Intensity of the brightest voxel that the model can draw; the background is 0. 1: samples in [0, 1]; or the
     # tumours' maximum on a scanner's FLAIR.
     intensity.maximum = 1.0
-    intensity.background = 0.05  # voxels below this share of the maximum count as background and are set to 0
+    # Voxels below this share of the maximum count as background and are set to 0, unless tumour encloses them.
+    intensity.background = 0.05
 
     # NIfTI file whose affine the samples get. Empty: the axes of BraTS, voxels of the size that the model was trained
     # on (1 mm if not known), and the ROI's middle at 0 mm.
@@ -62,7 +63,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     if variant == 'demo':
         config.number = 100
         sampling.guidance = 0.5
-        intensity.background = 0.25  # voxels are coarse and edges soft, so the border lies higher up
+        intensity.background = 0.3  # voxels are coarse and edges soft, so the border lies higher up
         sampling.sub_batch = 25
     if variant == 'smoke':
         config.number = 2

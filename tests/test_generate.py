@@ -677,3 +677,22 @@ def test_an_unknown_variant_is_told():
 def test_the_config_is_recorded_with_its_run(model, tmp_path):
     generate.run(settings(), tmp_path)
     assert read_config(tmp_path).sampling.sub_batch == 2
+
+
+def test_a_dark_core_belongs_to_the_tumour():
+    volume = np.full((9, 9, 9), -0.99, np.float32)
+    volume[2:7, 2:7, 2:7] = 0.6
+    volume[3:6, 3:6, 3:6] = -0.8  # below the background's share, but enclosed
+    volume[4, 4, 0:3] = -0.99  # a notch from outside
+    intensity = ConfigDict({'maximum': 2.0, 'background': 0.2})
+    tumour, values = generate.to_intensities(volume, intensity)
+    expected = np.zeros(volume.shape, bool)
+    expected[2:7, 2:7, 2:7] = True
+    expected[4, 4, 2] = False
+    expected[3:6, 3:6, 3:6] = False  # the notch opens it
+    np.testing.assert_array_equal(tumour, expected)
+    volume[4, 4, 2] = 0.6
+    tumour, values = generate.to_intensities(volume, intensity)
+    assert tumour.sum() == 125
+    np.testing.assert_allclose(values[4, 4, 4], 0.2, atol=1e-6)
+    assert (values[~tumour] == 0).all()

@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
+from scipy import ndimage
 from tqdm import tqdm
 
 from vqroi_jax import trained, viz
@@ -333,12 +334,14 @@ def to_intensities(volume: np.ndarray, intensity: ConfigDict) -> tuple[np.ndarra
     Args:
         volume: float32 [D, H, W] in [-1, 1], background about -1.
         intensity: `maximum`, to which 1 is mapped as -1 is to 0, and `background`, the share of it below which a
-            voxel is background.
+            voxel is background, unless tumour encloses it (a dark core).
 
     Returns:
         bool [D, H, W], what is tumour; float32 [D, H, W] in [0, maximum], 0 where there is none.
     """
-    tumour = (volume > -1) & (volume >= 2 * intensity.background - 1)
+    parts, _ = ndimage.label((volume <= -1) | (volume < 2 * intensity.background - 1))
+    faces = [parts.take((0, -1), axis) for axis in range(3)]
+    tumour = ~np.isin(parts, np.setdiff1d(np.concatenate([face.ravel() for face in faces]), 0))
     return tumour, np.where(tumour, unscale(volume, (0, intensity.maximum)), np.float32(0))
 
 
