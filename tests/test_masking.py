@@ -479,7 +479,7 @@ def test_earlier_marks_win():
         ({'random_from': 'inside'}, r"random_from='inside' .*choose one of outside, anywhere"),
         (
             {'strategy': 'hybird'},
-            r"strategy='hybird': choose one of hybrid, random, random_ratio, block, or write 'module:",
+            r"strategy='hybird': choose one of hybrid, random, random_ratio, block",
         ),
         (
             {'strategy': 'no_such_module:f'},

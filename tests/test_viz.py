@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from vqroi_jax import viz
@@ -224,6 +225,29 @@ def test_cohort_counts_every_patient():
     histogram = next(axes for axes in figure.axes if axes.get_xlabel() == 'tumour volume [mL]')
     labels = [text.get_text() for text in histogram.get_legend().get_texts()]
     assert labels == ['LGG: 3, median 5 mL', 'HGG: 40, median 105 mL', 'none: 0']
+
+
+def test_tumour_volumes_compare_real_with_synthetic_class_by_class():
+    rng = np.random.default_rng(0)
+    real = {'LGG': rng.gamma(4, 10, 40), 'HGG': rng.gamma(9, 10, 30), 'third': [1.0, 2.0]}
+    made = {'LGG': rng.gamma(4, 12, 25), 'HGG': real['HGG'], 'third': [3.0, 4.0]}
+    figure = viz.tumour_volumes(real, made)
+    assert not overlapping_texts(figure)
+    assert [axes.get_title(loc='left') for axes in figure.axes] == list(real)
+    edges = np.linspace(0, max(map(max, (*real.values(), *made.values()))), 25)
+    for axes, label in zip(figure.axes, real, strict=True):
+        steps = np.sort(np.concatenate([real[label], made[label]]))  # where the two distribution functions jump
+        below = [np.mean(np.asarray(part)[:, None] <= steps, axis=0) for part in (real[label], made[label])]
+        legend = axes.get_legend()
+        assert legend.get_title().get_text() == f'KS distance {np.abs(below[0] - below[1]).max():.2f}'
+        texts = [text.get_text() for text in legend.get_texts()]
+        for text, name, part in zip(texts, ('real', 'synthetic'), (real[label], made[label]), strict=True):
+            assert text == f'{name}: {len(part)}, median {np.median(part):.3g} mL'
+        bars = np.array([bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)])
+        expected = [np.histogram(part, edges)[0] * 100 / len(part) for part in (real[label], made[label])]
+        np.testing.assert_allclose(bars, np.concatenate(expected))
+    distances = [axes.get_legend().get_title().get_text() for axes in figure.axes]
+    assert distances[1:] == ['KS distance 0.00', 'KS distance 1.00']
 
 
 def test_curves_pair_training_with_validation():

@@ -238,7 +238,7 @@ def tumour_volumes(real: Mapping[str, Sequence[float]], made: Mapping[str, Seque
         axes = page.axes(0.8 + 4.4 * number, 0.55, 3.4, 1.9)
         _style(axes)
         distance = stats.ks_2samp(values, made[label]).statistic
-        axes.set_title(f'{label}: KS distance {distance:.2f}', color=_LIGHT, fontsize=_TEXT + 1, loc='left')
+        axes.set_title(label, color=_LIGHT, fontsize=_TEXT + 1, loc='left')
         for name, part, colour in (('real', values, _LINES[1]), ('synthetic', made[label], _LINES[0])):
             weights = np.full(len(part), 100 / len(part))
             text = f'{name}: {len(part)}, median {np.median(part):.3g} mL'
@@ -247,7 +247,8 @@ def tumour_volumes(real: Mapping[str, Sequence[float]], made: Mapping[str, Seque
         axes.set_xlabel('tumour volume [mL]')
         axes.set_ylabel('% of the class')
         axes.set_xlim(0, edges[-1])
-        axes.legend(frameon=False, fontsize=_SMALL, labelcolor=_LIGHT)
+        legend = axes.legend(frameon=False, fontsize=_SMALL, labelcolor=_LIGHT, title=f'KS distance {distance:.2f}')
+        legend.get_title().set(color=_LIGHT, fontsize=_SMALL)
     return page.figure
 
 
