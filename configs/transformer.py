@@ -107,11 +107,11 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
         optimizer.learning_rate = 3e-3
         optimizer.final_learning_rate = 1e-5
         optimizer.b2 = 0.98
-        training.duration = '500 steps'
+        training.duration = '350 steps'
         training.log_every = '25 steps'
         training.eval_every = '100 steps'
-        training.figures_every = '500 steps'
-        training.checkpoint_every = '250 steps'
+        training.figures_every = '350 steps'
+        training.checkpoint_every = '175 steps'
     if variant == 'smoke':
         config.batch_size = config.eval_batch_size = 8
         model.layers = 2

@@ -6,6 +6,8 @@ parallel decoding use it; `Block` also steps from token to token with the keys a
 `vqroi_jax.decoding` does. Source: section 2.4 of the design (minGPT's layers, Radford et al. 2019).
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ from vqroi_jax.models.layers import Dense
 
 _NORMAL = nn.initializers.normal(0.02)
 _MLP = 4  # width of the hidden layer over the width of the network
+
+# For the backward pass, this and the norms keep what they read and nothing else.
+_gelu = jax.checkpoint(partial(nn.gelu, approximate=False), prevent_cse=False)
 
 
 class Block(nn.Module):
@@ -56,7 +61,7 @@ class Block(nn.Module):
 
     def _finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         x = x + self.projection(attended.reshape(x.shape))
-        return x + self.down(nn.gelu(self.up(self.norm_2(x)), approximate=False))
+        return x + self.down(_gelu(self.up(self.norm_2(x))))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, T, width]` to the same shape."""
@@ -144,7 +149,7 @@ class Transformer(nn.Module):
 
 def layer_norm(dtype: jnp.dtype) -> nn.LayerNorm:
     """Layer normalisation with scale and bias, eps 1e-5; statistics in float32."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype)
+    return nn.remat(nn.LayerNorm, prevent_cse=False)(epsilon=1e-5, use_fast_variance=False, dtype=dtype)
 
 
 def unstack(params: dict) -> dict:
