@@ -46,6 +46,27 @@ def test_shapes_and_dtypes(layer, kernel, result, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_dense_and_its_gradients_are_numpys(dtype, tolerance):
+    layer = Dense(7, dtype)
+    params = layer.init(KEY, VOLUME)['params']
+    upstream = jax.random.normal(jax.random.key(1), (*VOLUME.shape[:-1], 7))
+    result, pull = jax.vjp(lambda params, x: layer.apply({'params': params}, x), params, VOLUME)
+    of_params, of_x = pull(upstream.astype(dtype))
+
+    x, up, kernel = (np.asarray(array, np.float64) for array in (VOLUME, upstream, params['kernel']))
+    expected = {
+        'value': (result, x @ kernel + np.asarray(params['bias'])),
+        'kernel': (of_params['kernel'], np.einsum('bdhwi,bdhwo->io', x, up)),
+        'bias': (of_params['bias'], up.sum(axis=(0, 1, 2, 3))),
+        'input': (of_x, np.einsum('bdhwo,io->bdhwi', up, kernel)),
+    }
+    for name, (ours, theirs) in expected.items():
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, atol=tolerance * scale, rtol=0, err_msg=name)
+    assert of_params['kernel'].dtype == of_x.dtype == jnp.float32
+
+
 def test_the_bias_is_added():
     for layer in (Conv3D(3, padding=1), UpsampleConv3D(3)):
         variables = layer.init(KEY, VOLUME)

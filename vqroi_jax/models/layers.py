@@ -112,7 +112,8 @@ class Dense(nn.Module):
         if not self.use_bias:
             return y
         bias_init = self.bias_init or uniform_within(x.shape[-1])
-        return y + self.param('bias', bias_init, shape[1:], jnp.float32).astype(self.dtype)
+        bias = self.param('bias', bias_init, shape[1:], jnp.float32)
+        return (y + bias).astype(self.dtype)  # in float32, as is then the sum that is the bias's gradient
 
 
 @jax.custom_vjp
