@@ -108,7 +108,7 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape[::-1] if self.transposed else shape, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = jnp.einsum('...i,oi->...o', x, kernel) if self.transposed else _linear(x, kernel)
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ()))) if self.transposed else _linear(x, kernel)
         if not self.use_bias:
             return y
         bias_init = self.bias_init or uniform_within(x.shape[-1])
