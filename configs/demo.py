@@ -20,7 +20,7 @@ def get_config(variant: str = 'demo') -> ml_collections.ConfigDict:
         raise ValueError(f'configs/demo.py has no variant {variant!r}; choose one of {", ".join(VARIANTS)}')
     config = ml_collections.ConfigDict()
     config.task = 'demo'
-    for stage in ('prepare', 'vqgan', 'transformer', 'generate'):
+    for stage in ('prepare', 'vqgan', 'transformer', 'generate', 'evaluate'):
         file = pathlib.Path(__file__).with_name(f'{stage}.py')
         config[stage] = runpy.run_path(str(file))['get_config']('smoke' if variant == 'smoke' else 'demo')
     if variant == 'bidirectional':

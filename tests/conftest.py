@@ -1,5 +1,7 @@
 """Gives every test 8 CPU devices, and quick compilation rather than quick programs, before JAX starts.
 
+Programs are kept in `.pytest_cache`, so that of tests that compile the same one only the first waits for it.
+
 And what several tests of stage 2 begin with: a stage 1 that was trained for a moment.
 """
 
@@ -18,6 +20,9 @@ os.environ['XLA_FLAGS'] = ' '.join(
         '--xla_llvm_disable_expensive_passes=true',
     )
 )
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'compiled')
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 

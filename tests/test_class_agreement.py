@@ -27,11 +27,13 @@ def test_tells_classes_of_roi_that_it_has_not_seen():
     volumes, labels = rois(96, seed=0)
     params = class_agreement.train(volumes, labels, classes=3, seed=0, epochs=20)
     new, truth = rois(30, seed=1)
-    logits = class_agreement.class_logits(params, new, classes=3)
+    logits, features = class_agreement.tell(params, new, classes=3)
     assert logits.shape == (30, 3)
+    assert len(features) == 30
     shares = class_agreement.accuracy(logits, truth, NAMES)
     assert shares[''] > 0.9
-    assert class_agreement.class_logits(params, new[:0], classes=3).shape == (0, 3)
+    for few, many in zip(class_agreement.tell(params, new[:7], classes=3), (logits, features), strict=True):
+        np.testing.assert_allclose(few, many[:7], rtol=1e-4, atol=1e-4)
 
 
 def test_shares_are_counted_by_intended_class():

@@ -227,12 +227,13 @@ def test_cohort_counts_every_patient():
     assert labels == ['LGG: 3, median 5 mL', 'HGG: 40, median 105 mL', 'none: 0']
 
 
-def test_tumour_volumes_compare_real_with_synthetic_class_by_class():
+def test_distributions_compare_real_with_synthetic_class_by_class():
     rng = np.random.default_rng(0)
     real = {'LGG': rng.gamma(4, 10, 40), 'HGG': rng.gamma(9, 10, 30), 'third': [1.0, 2.0]}
     made = {'LGG': rng.gamma(4, 12, 25), 'HGG': real['HGG'], 'third': [3.0, 4.0]}
-    figure = viz.tumour_volumes(real, made)
+    figure = viz.distributions(real, made, 'tumour volume [mL]')
     assert not overlapping_texts(figure)
+    assert {axes.get_xlabel() for axes in figure.axes} == {'tumour volume [mL]'}
     assert [axes.get_title(loc='left') for axes in figure.axes] == list(real)
     edges = np.linspace(0, max(map(max, (*real.values(), *made.values()))), 25)
     for axes, label in zip(figure.axes, real, strict=True):
@@ -242,12 +243,39 @@ def test_tumour_volumes_compare_real_with_synthetic_class_by_class():
         assert legend.get_title().get_text() == f'KS distance {np.abs(below[0] - below[1]).max():.2f}'
         texts = [text.get_text() for text in legend.get_texts()]
         for text, name, part in zip(texts, ('real', 'synthetic'), (real[label], made[label]), strict=True):
-            assert text == f'{name}: {len(part)}, median {np.median(part):.3g} mL'
+            assert text == f'{name}: {len(part)}, median {np.median(part):.3g}'
         bars = np.array([bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)])
         expected = [np.histogram(part, edges)[0] * 100 / len(part) for part in (real[label], made[label])]
         np.testing.assert_allclose(bars, np.concatenate(expected))
     distances = [axes.get_legend().get_title().get_text() for axes in figure.axes]
     assert distances[1:] == ['KS distance 0.00', 'KS distance 1.00']
+
+
+def test_intensities_are_steps_in_per_cent():
+    shares = {'LGG': np.array([0.1, 0.2, 0.3, 0.4]), 'HGG': np.array([0, 0, 0.5, 0.5])}
+    figure = viz.intensities(shares, {'LGG': shares['HGG'], 'HGG': shares['LGG']})
+    assert [axes.get_title(loc='left') for axes in figure.axes] == ['LGG', 'HGG']
+    for axes, label, other in zip(figure.axes, ('LGG', 'HGG'), ('HGG', 'LGG'), strict=True):
+        drawn = [patch.get_data() for patch in axes.patches]
+        for data, part in zip(drawn[1::2], (shares[label], shares[other]), strict=True):
+            np.testing.assert_allclose(data.values, 100 * part)
+            np.testing.assert_allclose(data.edges, [-1, -0.5, 0, 0.5, 1])
+    assert not overlapping_texts(figure)
+
+
+def test_neighbours_show_a_sample_its_nearest_and_their_difference():
+    samples, nearest = rois(2), rois(2, seed=1)
+    figure = viz.neighbours(samples, nearest, ['one', 'two'], ['P1', 'P2'])
+    pictures = [image.get_array() for image in images(figure)]
+    for row, (sample, real) in enumerate(zip(samples, nearest, strict=True)):
+        centre = viz.middle(sample)
+        for column, volume in enumerate((sample, real, sample.astype(np.float32) - real)):
+            for plane, part in enumerate(viz.slices(volume, centre)):
+                np.testing.assert_allclose(pictures[9 * row + 3 * column + plane], part, atol=1e-6)
+    texts = {text.get_text() for text in figure.texts}
+    assert {'one', 'two', 'P1', 'P2', 'synthetic', 'nearest real ROI'} <= texts
+    with pytest.raises(ValueError, match='zip'):
+        viz.neighbours(samples, nearest, ['one'], ['P1', 'P2'])
 
 
 def test_curves_pair_training_with_validation():

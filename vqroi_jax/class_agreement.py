@@ -1,8 +1,8 @@
 """Do samples look like their class? A small classifier, trained on real ROIs alone, is asked.
 
 It stands apart from both stages, so that it has not been part of what it judges. `train` fits it to training ROIs;
-`class_logits` tells held-out ROIs and samples, and `accuracy` how many were told rightly. Held-out ROIs show how far it
-can be trusted, and their reconstructions what stage 1 alone costs.
+`tell` says what it makes of held-out ROIs and samples, and `accuracy` how many were told rightly. Held-out ROIs show
+how far it can be trusted.
 """
 
 import functools
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vqroi_jax.filtering import apply_filters, filter_matrix
 from vqroi_jax.models.layers import Conv3D
+from vqroi_jax.training import partitioning
 
 EPOCHS, BATCH, RATE, DECAY = 60, 32, 3e-3, 1e-2  # of training: AdamW, one cycle of the learning rate
 _FEATURES, _DROPOUT = (12, 24, 48), 0.3
@@ -31,12 +33,15 @@ class SmallClassifier(nn.Module):
     classes: int
 
     @nn.compact
-    def __call__(self, volume: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Logits float32 `[B, classes]`.
+    def __call__(self, volume: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """What it tells, and from what.
 
         Args:
             volume: `[B, D, H, W]` in [-1, 1], sides of at least 2; an odd last voxel is not seen.
             key: for dropout; None: no dropout.
+
+        Returns:
+            Logits float32 `[B, classes]`, and the features `[B, n]` that they are linear in.
         """
         cubes = tuple(side // 2 for side in volume.shape[1:])
         x = volume[:, : 2 * cubes[0], : 2 * cubes[1], : 2 * cubes[2]]
@@ -46,9 +51,9 @@ class SmallClassifier(nn.Module):
             x = nn.relu(Conv3D(features, kernel_size=3, padding=1, kernel_init=nn.initializers.lecun_normal())(x))
             window = tuple(min(2, side) for side in x.shape[1:-1])
             x = nn.avg_pool(x, window, window)
-        x = x.reshape(len(x), -1)
-        x = nn.Dropout(_DROPOUT, deterministic=key is None)(x, rng=key)
-        return nn.Dense(self.classes)(x)
+        features = x.reshape(len(x), -1)
+        x = nn.Dropout(_DROPOUT, deterministic=key is None)(features, rng=key)
+        return nn.Dense(self.classes)(x), features
 
 
 def train(volumes: np.ndarray, labels: np.ndarray, classes: int, seed: int = 0, epochs: int = EPOCHS) -> Any:
@@ -64,7 +69,7 @@ def train(volumes: np.ndarray, labels: np.ndarray, classes: int, seed: int = 0, 
         epochs: passes over the ROIs.
 
     Returns:
-        The parameters, for `class_logits`.
+        The parameters, for `tell`.
     """
     steps = epochs * -(-len(volumes) // BATCH)
     model = SmallClassifier(classes)
@@ -72,10 +77,9 @@ def train(volumes: np.ndarray, labels: np.ndarray, classes: int, seed: int = 0, 
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(volumes)) for _ in range(-(-steps * BATCH // len(volumes)))])
     order = order[: steps * BATCH].reshape(steps, BATCH)
-    start, drops = jax.random.split(jax.random.key(seed))
 
     @jax.jit
-    def fit(volumes, labels, order, coins):
+    def fit(params, drops, volumes, labels, order, coins):
         def step(carry, batch):
             params, state = carry
             rows, coins, key = batch
@@ -86,46 +90,54 @@ def train(volumes: np.ndarray, labels: np.ndarray, classes: int, seed: int = 0, 
                 x = jnp.where(coin, smooth(x), x)
 
             def loss(params):
-                logits = model.apply(params, x, key)
+                logits, _ = model.apply(params, x, key)
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
 
             updates, state = optimiser.update(jax.grad(loss)(params), state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        params = model.init(start, volumes[:1])
         batches = order, coins, jax.random.split(drops, len(order))
         return jax.lax.scan(step, (params, optimiser.init(params)), batches)[0][0]
 
-    return fit(volumes, labels, order, rng.random((steps, 5)) < 0.5)
+    start, drops = jax.random.split(jax.random.key(seed))
+    options = partitioning.one_run_options(jax.default_backend())
+    params = jax.jit(model.init, compiler_options=options)(start, volumes[:1])
+    return fit(params, drops, volumes, labels, order, rng.random((steps, 5)) < 0.5)
 
 
 def smooth(volumes: jax.Array) -> jax.Array:
     """Weighs each voxel of `[B, D, H, W]` with its neighbours, 1-2-1 along each axis; edges are repeated."""
-    for axis in (1, 2, 3):
-        first, last = (jax.lax.slice_in_dim(volumes, *ends, axis=axis) for ends in ((0, -1), (1, None)))
-        edges = (jax.lax.slice_in_dim(volumes, *ends, axis=axis) for ends in ((0, 1), (-1, None)))
-        start, end = edges
-        volumes = (2 * volumes + jnp.concatenate([start, first], axis) + jnp.concatenate([last, end], axis)) / 4
-    return volumes
+    return apply_filters(volumes, [filter_matrix(side, (0.25, 0.5, 0.25), 'edge') for side in volumes.shape[1:]])
 
 
-def class_logits(params: Any, volumes: np.ndarray, classes: int) -> np.ndarray:
-    """Logits float32 `[n, classes]` of ROIs `[n, D, H, W]` in [-1, 1]: the mean over mirrored views."""
-    tell = _tell(classes)
-    parts = [tell(params, volumes[start : start + BATCH]) for start in range(0, len(volumes), BATCH)]
-    return np.concatenate([np.zeros((0, classes), np.float32), *parts])
+def tell(params: Any, volumes: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the classifier says of ROIs.
+
+    Args:
+        params: from `train`.
+        volumes: `[n, D, H, W]` in [-1, 1], n at least 1; indexed by slices, may live on disk.
+        classes: as `train` had them.
+
+    Returns:
+        Logits float32 `[n, classes]`, and features float32 `[n, features]`: means over mirrored views.
+    """
+    seen = _seen(classes)
+    parts = [seen(params, volumes[start : start + BATCH]) for start in range(0, len(volumes), BATCH)]
+    logits, features = (np.concatenate(kind) for kind in zip(*jax.device_get(parts), strict=True))
+    return logits, features
 
 
 @functools.cache
-def _tell(classes: int) -> Any:
+def _seen(classes: int) -> Any:
     model = SmallClassifier(classes)
 
     @jax.jit
-    def tell(params, volumes):
+    def seen(params, volumes):
         views = [volumes, *(jnp.flip(volumes, axis) for axis in (1, 2, 3))]
-        return sum(model.apply(params, view) for view in views) / len(views)
+        told = [model.apply(params, view) for view in views]
+        return jax.tree.map(lambda *of_views: sum(of_views) / len(views), *told)
 
-    return tell
+    return seen
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:

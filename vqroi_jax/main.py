@@ -33,6 +33,7 @@ TASKS = {
     'transformer': 'vqroi_jax.train_transformer',
     'demo': 'vqroi_jax.demo',
     'generate': 'vqroi_jax.generate',
+    'evaluate': 'vqroi_jax.evaluate',
 }
 
 

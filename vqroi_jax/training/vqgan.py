@@ -176,9 +176,8 @@ def create_state(recipe: Recipe, mesh: Mesh) -> VQGANState:
             average=jax.tree.map(jnp.copy, variables['params']) if settings.ema_decay > 0 else None,
         )
 
-    # Runs once: on a CPU, optimising its hundreds of random draws takes far longer than they do.
-    quick = {'xla_backend_optimization_level': 0} if mesh.devices.flat[0].platform == 'cpu' else None
-    return jax.jit(create, out_shardings=partitioning.replicated(mesh), compiler_options=quick)()
+    options = partitioning.one_run_options(mesh.devices.flat[0].platform)
+    return jax.jit(create, out_shardings=partitioning.replicated(mesh), compiler_options=options)()
 
 
 def draw_noise(recipe: Recipe, step: jax.Array, rows: int) -> Noise:

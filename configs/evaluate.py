@@ -1,0 +1,67 @@
+"""How good a set of ROIs is: figures of merit beside what they would be between real ROIs, as numbers and as a page.
+
+    python -m vqroi_jax.main --config=configs/evaluate.py --config.real=runs/cohort --config.fake=runs/new \
+        --workdir=runs/evaluation
+
+Each side is a prepared cohort, a folder that `configs/generate.py` has filled, or any folder of NIfTI ROIs whose
+folders are named after their classes. Leaves `metrics.json` and `report.html`, one page to open in a browser.
+
+Most of the time goes into VGG16 and MS-SSIM; memory does not grow with the number of ROIs.
+Variants: `paper` (default), `demo` and `smoke` (fewer pairs, slices and bootstraps).
+"""
+
+import ml_collections
+
+VARIANTS = ('paper', 'demo', 'smoke')
+
+
+def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
+    """Settings of the task `evaluate`."""
+    if variant not in VARIANTS:
+        raise ValueError(f'configs/evaluate.py has no variant {variant!r}; choose one of {", ".join(VARIANTS)}')
+    config = ml_collections.ConfigDict()
+    config.task = 'evaluate'
+    config.real = ''  # folder of the real ROIs; a prepared cohort also says which of them were held out
+    config.fake = ''  # folder of the ROIs to judge
+    config.classes = ()  # names of those to compare; empty: all, which both sides must have
+    config.seed = 0  # of halves, pairs, bootstraps and the classifier, 0 to 2**32 - 1
+    # 'as_is': both sides must be in [0, 1] or in [-1, 1]; 'each': every ROI is scaled by its own largest intensity.
+    config.intensity = 'as_is'
+    # 'same': both sides must have voxels of one size and ROIs of one shape; 'resample': the second is brought to the
+    # first's.
+    config.grid = 'same'
+    config.metrics = ('ms_ssim', 'mmd', 'frechet', 'coverage', 'agreement', 'statistics', 'privacy')
+
+    config.pairs = 1000  # of ROIs within a class, for MS-SSIM; fewer if there are not so many
+    config.foreground = False  # whether MS-SSIM counts windows around tumour voxels only
+    config.bootstrap = 200  # how often ROIs are drawn anew, for intervals
+    config.frechet_bootstrap = 50  # the same for Fréchet distances and KID, which take longer
+    config.neighbours = 5  # that a ball reaches to, for precision, recall, density and coverage
+
+    config.mmd = ml_collections.ConfigDict()
+    config.mmd.batch = 4  # ROIs of each side in a mini-batch of the linear MMD, which depends on it
+    config.mmd.repeats = 10  # how often all ROIs are gone through
+
+    config.slices = ml_collections.ConfigDict()  # that VGG16 sees of each ROI
+    config.slices.number = 16  # along each axis, evenly spaced
+    # Slices without tumour: 'drop' spreads them over the tumour's extent along the axis, 'keep' over the whole ROI.
+    config.slices.empty = 'drop'
+
+    config.classifier = ml_collections.ConfigDict()  # a small CNN, trained on real ROIs alone
+    config.classifier.epochs = 60
+
+    config.privacy = ml_collections.ConfigDict()
+    config.privacy.candidates = 10  # real ROIs nearest in voxels, whose MS-SSIM to a synthetic one is computed
+
+    if variant == 'demo':
+        config.pairs = 300
+        config.frechet_bootstrap = 20
+        config.slices.number = 4
+    if variant == 'smoke':
+        config.pairs = 10
+        config.bootstrap = 5
+        config.frechet_bootstrap = 2
+        config.slices.number = 2
+        config.classifier.epochs = 2
+        config.privacy.candidates = 2
+    return config

@@ -1,0 +1,126 @@
+"""Reading sets of ROIs: one layout and one range, whatever the files are like."""
+
+import runpy
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from vqroi_jax import prepare
+from vqroi_jax.data import samples
+from vqroi_jax.data.roi import to_volume
+from vqroi_jax.data.roi_sets import open_sets
+from vqroi_jax.errors import InputError
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+SPACED = np.array([[-1.0, 0, 0, 5], [0, -2.0, 0, 7], [0, 0, 3.0, -4], [0, 0, 0, 1]])
+
+
+def settings(**changes):
+    config = runpy.run_path(str(CONFIGS / 'evaluate.py'))['get_config']('smoke')
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def image(seed, shape=(9, 10, 11), peak=1.0):
+    voxels = np.zeros(shape, np.float32)
+    inside = tuple(slice(2, side - 3) for side in shape)
+    voxels[inside] = np.random.default_rng(seed).uniform(0.1, 1, voxels[inside].shape)
+    return peak * voxels / voxels.max()
+
+
+def write(folder, label, voxels, affine=SPACED):
+    (folder / label).mkdir(parents=True, exist_ok=True)
+    for i, one in enumerate(voxels):
+        nibabel.save(nibabel.Nifti1Image(one, affine), folder / label / f'{i}.nii')
+    return folder
+
+
+def test_files_of_any_orientation_come_out_alike(tmp_path):
+    voxels = [image(seed) for seed in (0, 1)]
+    real = write(tmp_path / 'real', 'a', voxels)
+    # The same bodies, stored to the right, to the front and up, with the axes in another order.
+    turned = [one[::-1, ::-1].transpose(2, 0, 1) for one in voxels]
+    affine = np.array([[0, 1.0, 0, 0], [0, 0, 2.0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])
+    fake = write(tmp_path / 'fake', 'a', turned, affine)
+    with open_sets(str(real), str(fake), settings(), tmp_path) as (one, other):
+        np.testing.assert_array_equal(one.volumes, other.volumes)
+        np.testing.assert_allclose(one.volumes[1], 2 * to_volume(voxels[1]) - 1, atol=1e-6)
+        assert one.spacing == other.spacing == (3, 1, 2)
+        assert (one.ids, one.classes, one.counts()) == (('a/0.nii', 'a/1.nii'), ('a',), {'a': 2})
+        assert one.held_out is None
+        assert one.sha256 == other.sha256
+        assert one.range == (0, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['fake', 'real']
+
+
+def test_each_roi_is_scaled_by_its_own_maximum_if_asked(tmp_path):
+    real = write(tmp_path / 'real', 'a', [image(0), image(1)])
+    fake = write(tmp_path / 'fake', 'a', [image(0, peak=700.0), image(1, peak=90.0)])
+    with (
+        pytest.raises(InputError, match=r'fake=.* in \[0, 700\]; expected both'),
+        open_sets(str(real), str(fake), settings(), tmp_path),
+    ):
+        pass
+    with open_sets(str(real), str(fake), settings(intensity='each'), tmp_path) as (one, other):
+        np.testing.assert_allclose(one.volumes, other.volumes, atol=1e-6)
+        assert other.range == (0, 700)
+
+
+def test_ranges_from_minus_one_are_a_convention_too_but_do_not_mix(tmp_path):
+    real = write(tmp_path / 'real', 'a', [image(0), image(1)])
+    fake = write(tmp_path / 'fake', 'a', [2 * image(0) - 1, 2 * image(1) - 1])
+    with pytest.raises(InputError, match=r'\[-1, 1\]'), open_sets(str(real), str(fake), settings(), tmp_path):
+        pass
+    with open_sets(str(real), str(fake), settings(intensity='each'), tmp_path) as (one, other):
+        np.testing.assert_allclose(one.volumes, other.volumes, atol=1e-6)
+    with open_sets(str(fake), str(fake), settings(), tmp_path) as (one, _):
+        np.testing.assert_allclose(one.volumes[0], to_volume(2 * image(0) - 1), atol=1e-6)
+
+
+def test_another_grid_is_brought_to_the_first_if_asked(tmp_path):
+    fine, coarse = np.diag([-1.0, -1, 1, 1]), np.diag([-2.0, -2, 2, 1])
+    voxels = [image(seed, (12, 12, 12)) for seed in (0, 1)]
+    real = write(tmp_path / 'real', 'a', [one.repeat(2, 0).repeat(2, 1).repeat(2, 2) for one in voxels], fine)
+    fake = write(tmp_path / 'fake', 'a', [one[:, 1:, :-1] for one in voxels], coarse)
+    with (
+        pytest.raises(InputError, match=r'24 x 24 x 24 voxels of 1 x 1 x 1 mm.*11 x 12 x 11 voxels of 2 x 2 x 2 mm'),
+        open_sets(str(real), str(fake), settings(), tmp_path),
+    ):
+        pass
+    with open_sets(str(real), str(fake), settings(grid='resample'), tmp_path) as (one, other):
+        assert one.volumes.shape == other.volumes.shape == (2, 24, 24, 24)
+        assert other.spacing == (1, 1, 1)
+        # The tumour's volume stays; its place moves with the middle of what was cut off.
+        np.testing.assert_allclose((other.volumes > -0.5).sum(), (one.volumes > -0.5).sum(), rtol=0.15)
+
+
+def test_a_manifest_says_which_files_and_classes_there_are(tmp_path):
+    write(tmp_path / 'made', 'x', [image(0), image(1), image(2)])
+    manifest = samples.Manifest(tmp_path / 'made' / samples.MANIFEST_FILE, [samples.KEY, 'class', 'seed'])
+    for number, label in ((2, 'HGG'), (0, 'LGG')):
+        manifest.append({samples.KEY: f'x/{number}.nii', 'class': label, 'seed': '7'})
+    made = str(tmp_path / 'made')
+    with open_sets(made, made, settings(), tmp_path) as (one, _):
+        assert (one.ids, one.classes, one.labels.tolist()) == (('x/2.nii', 'x/0.nii'), ('LGG', 'HGG'), [1, 0])
+        assert 'seed: 7' in one.facts
+    with open_sets(made, made, settings(classes=('HGG',)), tmp_path) as (one, _):
+        assert one.counts() == {'HGG': 1}
+
+
+def test_a_prepared_cohort_says_what_was_held_out(tmp_path):
+    config = runpy.run_path(str(CONFIGS / 'prepare.py'))['get_config']('smoke')
+    config.data.phantom.spacing = 8.0
+    config.data.phantom.patients = 4
+    config.data.roi_size = (16, 16, 16)
+    cohort = prepare.prepare(config.data, tmp_path / 'cohort')
+    with open_sets(str(tmp_path / 'cohort'), str(tmp_path / 'cohort'), settings(), tmp_path) as (one, _):
+        ids = [*cohort.splits['train'], *cohort.splits['val'], *cohort.splits['test']]
+        assert list(one.ids) == ids
+        assert one.held_out.tolist() == [name not in cohort.splits['train'] for name in ids]
+        assert one.spacing == (8, 8, 8)
+        assert 'phantoms: drawings, not patients' in one.facts
+        np.testing.assert_allclose(one.volumes[0], cohort.split('train').volume(0)[..., 0], atol=1e-6)
+        assert one.volumes.min() == -1
+        assert one.volumes.max() == 1

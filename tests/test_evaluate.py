@@ -1,0 +1,259 @@
+"""The evaluation: that constructed sets get the figures that they must have, what it leaves, and what it refuses."""
+
+import json
+import pathlib
+import re
+import runpy
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from vqroi_jax import evaluate, main
+from vqroi_jax.data.roi_sets import RoiSet
+
+CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'evaluate.py'
+SIDE = 24
+
+
+def balls(label, number, seed, side=SIDE):
+    """ROIs float32 [number, side, side, side] in [0, 1]: LGG smaller and even, HGG larger with a dark core."""
+    rng = np.random.default_rng([seed, len(label), ord(label[0])])
+    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing='ij'), axis=-1)
+    volumes = []
+    for _ in range(number):
+        distance = np.linalg.norm((grid - rng.uniform(side / 2 - 1, side / 2, 3)) / rng.uniform(0.9, 1.1, 3), axis=-1)
+        radius = rng.uniform(4, 7) if label == 'LGG' else rng.uniform(7, 10)
+        texture = 0.7 + ndimage.gaussian_filter(rng.normal(size=distance.shape), 1)
+        volume = np.where(distance < radius, np.clip(texture, 0.2, None), 0)
+        if label == 'HGG':
+            volume[distance < radius / 2] *= 0.3
+        volumes.append(volume / volume.max())
+    return np.stack(volumes).astype(np.float32)
+
+
+def write(folder, number, seed, labels=('LGG', 'HGG'), peak=1.0, affine=None):
+    """A folder of NIfTI files, by class."""
+    for label in labels:
+        (folder / label).mkdir(parents=True)
+        for i, volume in enumerate(balls(label, number, seed)):
+            image = nibabel.Nifti1Image(peak * volume, np.diag([-2.0, -2, 2, 1]) if affine is None else affine)
+            nibabel.save(image, folder / label / f'{label}_{i}.nii.gz')
+    return folder
+
+
+def config(**changes):
+    """The smoke variant's settings, with changes."""
+    settings = runpy.run_path(str(CONFIG))['get_config']('smoke')
+    settings.update_from_flattened_dict(changes)
+    return settings
+
+
+def as_set(volumes, held_out=None):
+    """A set from arrays: ROIs of LGG, as many of HGG."""
+    half = len(volumes) // 2
+    return RoiSet(
+        path='somewhere',
+        ids=tuple(f'ROI {i}' for i in range(len(volumes))),
+        labels=np.repeat([0, 1], half),
+        classes=('LGG', 'HGG'),
+        volumes=2 * volumes - 1,
+        spacing=(2.0, 2.0, 2.0),
+        range=(0.0, 1.0),
+        held_out=held_out,
+        sha256='',
+        facts=(),
+    )
+
+
+NUMBER = 12
+REAL = np.concatenate([balls(label, 2 * NUMBER, seed=0) for label in ('LGG', 'HGG')])
+OTHERS = np.concatenate([balls(label, NUMBER, seed=1) for label in ('LGG', 'HGG')])
+
+
+def figures(fake, held_out=None, metrics=('ms_ssim', 'mmd', 'coverage', 'statistics', 'privacy')):
+    """What is found: the evaluation, and its figures by metric and class."""
+    settings = config(metrics=metrics, pairs=40, bootstrap=20, neighbours=3)
+    evaluation = evaluate.Evaluation(as_set(REAL, held_out), as_set(fake), settings)
+    evaluate.measure(evaluation)
+    return evaluation, {(figure.metric, figure.label): figure for figure in evaluation.figures}
+
+
+def test_new_draws_from_the_same_distribution_stand_near_the_floor():
+    evaluation, found = figures(OTHERS)
+    for label in ('LGG', 'HGG'):
+        for metric in ('MS-SSIM, standard', 'MMD, RBF, squared', 'tumour volume [mL]', 'coverage'):
+            figure = found[metric, label]
+            assert abs(figure.value - figure.floor) <= 2 * max(figure.spread, figure.floor_spread), metric
+            assert figure.n == NUMBER
+    assert sum(pair['closer_than_any_held_out'] for pair in evaluation.neighbours) <= 3
+
+
+def test_shifted_places_and_intensities_are_seen():
+    _, found = figures(np.roll(0.6 * OTHERS, 6, axis=1), metrics=('mmd', 'statistics'))
+    for metric in ('MMD, RBF, squared', 'MMD, linear, all at once', 'MMD, linear, by mini-batches', 'mean intensity'):
+        figure = found[metric, 'HGG']
+        assert figure.value > figure.floor + max(figure.spread, figure.floor_spread), metric
+    assert found['mean intensity', 'HGG'].value == 1
+    assert found['tumour volume [mL]', 'HGG'].value < 0.5
+
+
+def test_one_roi_repeated_is_a_collapse():
+    one = np.concatenate([np.repeat(OTHERS[:1], NUMBER, 0), np.repeat(OTHERS[-1:], NUMBER, 0)])
+    noisy = np.clip(one + (one > 0) * np.random.default_rng(0).normal(0, 1e-3, one.shape), 0, 1).astype(np.float32)
+    _, found = figures(noisy, metrics=('ms_ssim', 'coverage'))
+    for label in ('LGG', 'HGG'):
+        assert found['MS-SSIM, standard', label].value > 0.99 > found['MS-SSIM, standard', label].floor + 0.1
+        assert found['MS-SSIM, release', label].value > found['MS-SSIM, release', label].floor
+        assert found['recall', label].value < 0.3 < found['recall', label].floor
+
+
+def test_copies_of_training_rois_are_listed():
+    held_out = np.tile([False, True], 2 * NUMBER)
+    copies = np.concatenate([REAL[: 2 * NUMBER : 2], REAL[2 * NUMBER :: 2]])
+    evaluation, found = figures(copies, held_out, metrics=('privacy',))
+    assert found['nearest training ROI, MS-SSIM', ''].value > 0.999 > found['nearest training ROI, MS-SSIM', ''].floor
+    assert found['nearest training ROI, VGG distance', ''].value < 0.05
+    assert len(evaluation.neighbours) == 2 * NUMBER
+    assert all(pair['closer_than_any_held_out'] for pair in evaluation.neighbours)
+    assert {(pair['synthetic'], pair['real']) for pair in evaluation.neighbours} == {
+        (f'ROI {i}', f'ROI {2 * i}') for i in range(2 * NUMBER)
+    }
+    _, fresh = figures(OTHERS, held_out, metrics=('privacy',))
+    figure = fresh['nearest training ROI, MS-SSIM', '']
+    assert abs(figure.value - figure.floor) < 2 * max(figure.spread, figure.floor_spread)
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp('sets')
+    return write(root / 'real', 6, seed=0), write(root / 'fake', 3, seed=1)
+
+
+@pytest.fixture(scope='module')
+def done(folders, tmp_path_factory):
+    """The folder of an evaluation, with everything in it."""
+    workdir = tmp_path_factory.mktemp('evaluation')
+    evaluate.run(config(real=str(folders[0]), fake=str(folders[1])), workdir)
+    return workdir
+
+
+def test_leaves_metrics_with_floors_settings_and_identities(done):
+    found = json.loads((done / 'metrics.json').read_text())
+    assert found['real']['rois'] == {'LGG': 6, 'HGG': 6}
+    assert found['fake']['spacing_mm'] == [2, 2, 2]
+    assert re.fullmatch('[0-9a-f]{64}', found['real']['sha256'])
+    metrics = {figure['metric'] for figure in found['figures']}
+    for start in ('MS-SSIM', 'MMD', 'FD-VGG, axial', 'FD-VGG, coronal', 'FD-VGG, sagittal', 'FD-3D', 'KID', 'density'):
+        assert any(metric.startswith(start) for metric in metrics), start
+    assert 'class agreement' in metrics
+    for figure in found['figures']:
+        assert figure['settings']
+        assert all(figure[name] is not None for name in ('value', 'floor', 'spread', 'floor_spread')), figure['metric']
+    by_class = [f for f in found['figures'] if f['label'] and f['metric'] != 'class agreement']
+    assert {figure['n'] for figure in by_class} == {3}
+    assert found['config']['pairs'] == 10
+    assert not list(done.glob('.volumes*'))
+
+
+def test_the_report_is_one_page_that_holds_everything(done):
+    page = (done / 'report.html').read_text()
+    found = json.loads((done / 'metrics.json').read_text())
+    assert page.count('data:image/png;base64,') == 7
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for figure in found['figures']:
+        assert figure['metric'] in page
+    for pair in found['neighbours']:
+        assert pair['synthetic'] in page
+
+
+def test_the_same_command_again_measures_nothing_and_other_rois_anew(done, folders, tmp_path, monkeypatch):
+    fake = tmp_path / 'fake'
+    shutil.copytree(folders[1], fake)
+    settings = config(real=str(folders[0]), fake=str(fake), metrics=('statistics',))
+    evaluate.run(settings, tmp_path / 'out')
+    first = (tmp_path / 'out' / 'metrics.json').read_text()
+    monkeypatch.setattr(evaluate, 'measure', lambda evaluation: pytest.fail('measured again'))
+    evaluate.run(settings, tmp_path / 'out')
+    monkeypatch.undo()
+    (fake / 'HGG' / 'HGG_2.nii.gz').unlink()
+    evaluate.run(settings, tmp_path / 'out')
+    second = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+    assert second['fake']['rois'] == {'LGG': 3, 'HGG': 2}
+    assert second['fake']['sha256'] != json.loads(first)['fake']['sha256']
+
+
+def test_figures_do_not_depend_on_the_order_of_metrics(folders, tmp_path):
+    both = []
+    for metrics in (('mmd', 'statistics'), ('statistics',)):
+        workdir = tmp_path / '-'.join(metrics)
+        evaluate.run(config(real=str(folders[0]), fake=str(folders[1]), metrics=metrics), workdir)
+        found = json.loads((workdir / 'metrics.json').read_text())['figures']
+        both.append([figure for figure in found if not figure['metric'].startswith('MMD')])
+    assert both[0] == both[1]
+
+
+def command(tmp_path, real, fake, *more):
+    arguments = [f'--config={CONFIG}:smoke', f'--workdir={tmp_path / "out"}', f'--config.real={real}']
+    return main.main(['main', *arguments, f'--config.fake={fake}', *more])
+
+
+@pytest.mark.parametrize(
+    ('make', 'more', 'message'),
+    [
+        (lambda f, t: (f[0], ''), (), 'config.fake is empty'),
+        (lambda f, t: (f[0], t / 'nowhere'), (), 'there is no such folder'),
+        (lambda f, t: (f[0], (t / 'empty').mkdir() or t / 'empty'), (), 'no NIfTI file'),
+        (lambda f, t: (f[0], write(t / 'x', 1, 2)), (), 'has 1 ROI of class LGG; at least 2 are needed'),
+        (lambda f, t: (write(t / 'x', 3, 2), f[1]), (), 'has 3 ROIs of class LGG; at least 4 are needed, as they are'),
+        (lambda f, t: (f[0], write(t / 'x', 3, 2, ('HGG',))), (), 'no ROI of class LGG, only of HGG; name the classes'),
+        (lambda f, t: (f[0], write(t / 'x', 3, 2, peak=800)), (), '[0, 800]; expected both in [0, 1]'),
+        (lambda f, t: (f[0], write(t / 'x', 3, 2, affine=np.eye(4))), (), 'of 1 x 1 x 1 mm: they do not compare'),
+        (lambda f, t: f, ('--config.metrics=("fid",)',), "'fid' is none of ms_ssim"),
+        (lambda f, t: f, ('--config.pairs=0',), 'config.pairs=0: expected at least 1'),
+        (lambda f, t: f, ('--config.slices.empty=skip',), "'skip' is none of drop, keep"),
+        (lambda f, t: f, ('--config.grid=near',), "config.grid='near' is none of same, resample"),
+        (lambda f, t: f, ('--config.classes=("DIPG",)',), 'no ROI of class DIPG, only of LGG, HGG'),
+    ],
+)
+def test_what_cannot_be_compared_is_told_in_one_line(make, more, message, folders, tmp_path, capsys):
+    real, fake = make(folders, tmp_path)
+    assert command(tmp_path, real, fake, *more) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count('\n') == 1
+
+
+def damage(folder, content):
+    """A copy of the last file of a class with other content, or other voxels."""
+    path = folder / 'HGG' / 'HGG_2.nii.gz'
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        nibabel.save(nibabel.Nifti1Image(content, np.diag([-2.0, -2, 2, 1])), path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (np.full((SIDE,) * 3, np.nan, np.float32), 'HGG_2.nii.gz: it has voxels that are not finite'),
+        (np.ones((SIDE, SIDE, SIDE - 1), np.float32), 'HGG/HGG_2.nii.gz has 23 x 24 x 24 voxels'),
+        (b'no NIfTI', 'HGG_2.nii.gz: not a NIfTI file'),
+    ],
+)
+def test_a_damaged_file_is_named(content, message, folders, tmp_path, capsys):
+    fake = damage(write(tmp_path / 'fake', 3, seed=2), content)
+    assert command(tmp_path, folders[0], fake) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / 'out' / 'metrics.json').exists()
+
+
+def test_an_empty_real_roi_is_refused_and_an_empty_synthetic_one_counted(folders, tmp_path, capsys):
+    empty = damage(write(tmp_path / 'with-empty', 4, seed=2), np.zeros((SIDE,) * 3, np.float32))
+    assert command(tmp_path, empty, folders[1]) == 2
+    assert 'HGG/HGG_2.nii.gz is empty' in capsys.readouterr().err
+    assert command(tmp_path, folders[0], empty) == 0
+    assert '1 of the synthetic ROIs are empty' in capsys.readouterr().out

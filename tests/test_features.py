@@ -1,0 +1,52 @@
+"""Features of slices: which slices are taken, and that VGG16 sees them as LPIPS does."""
+
+import numpy as np
+import pytest
+
+from vqroi_jax.features import plane_features
+from vqroi_jax.models import perceptual
+
+
+@pytest.fixture(scope='module')
+def weights():
+    return perceptual.load_weights()
+
+
+def volumes():
+    """Two ROIs of 20 x 22 x 24 voxels with a tumour at depth 6 to 13, height 4 to 11 and width 10 to 19."""
+    result = np.full((2, 20, 22, 24), -1.0, np.float32)
+    result[:, 6:14, 4:12, 10:20] = np.random.default_rng(0).uniform(-0.5, 1, (2, 8, 8, 10))
+    return result
+
+
+def expected(image, weights):
+    """VGG16's last map before its pooling, averaged, by hand: from LPIPS's layers and scaling."""
+    convolutions = {name: value for name, value in weights.items() if name.startswith('conv')}
+    grey = np.repeat(image[None, ..., None], 3, axis=-1)
+    return np.asarray(perceptual.VGG16Features().apply({'params': convolutions}, grey))[0]
+
+
+@pytest.mark.parametrize(
+    ('plane', 'places', 'take'),
+    [
+        ('axial', (7, 9, 11, 13), lambda v, i: v[i]),
+        ('sagittal', (5, 7, 9, 11), lambda v, i: v[:, i]),
+        ('coronal', (11, 13, 16, 18), lambda v, i: v[:, :, i]),
+    ],
+)
+def test_slices_are_spread_over_the_tumour(plane, places, take, weights):
+    found = plane_features(volumes(), plane, 4, keep_empty=False, weights=weights)
+    assert found.shape == (2, 4, 512)
+    for row, volume in enumerate(volumes()):
+        for number in (0, 3):
+            np.testing.assert_allclose(
+                found[row, number], expected(take(volume, places[number]), weights), rtol=1e-3, atol=1e-4
+            )
+
+
+def test_or_over_the_whole_roi(weights):
+    found = plane_features(volumes(), 'axial', 2, keep_empty=True, weights=weights)
+    for number, place in enumerate((5, 15)):
+        np.testing.assert_allclose(found[0, number], expected(volumes()[0, place], weights), rtol=1e-3, atol=1e-4)
+    empty = plane_features(np.full((1, 20, 22, 24), -1.0, np.float32), 'axial', 2, False, weights)
+    np.testing.assert_allclose(empty[0], found[[0, 0], [0, 1]], rtol=1e-3, atol=1e-4)

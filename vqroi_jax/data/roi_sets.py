@@ -1,0 +1,354 @@
+"""Two sets of ROIs to compare, whoever made them: read, checked, and laid out alike.
+
+A set is a prepared cohort, or a folder of NIfTI files: one that `vqroi_jax.generate` left, with its manifest, or any
+other, whose classes are its folders' names. All volumes come out as [D, H, W] in [-1, 1], with the background at -1 and
+the axes of BraTS, and lie in one file that is read piece by piece, so that memory does not grow with their number.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from ml_collections import ConfigDict
+from nibabel import orientations
+from scipy import ndimage
+from tqdm import tqdm
+
+from vqroi_jax.data import pipeline, samples
+from vqroi_jax.data.cohort import in_order
+from vqroi_jax.data.roi import scale, to_nifti, to_volume
+from vqroi_jax.data.splits import SPLITS
+from vqroi_jax.errors import InputError
+from vqroi_jax.workdir import require_space
+
+INTENSITIES = ('as_is', 'each')
+GRIDS = ('same', 'resample')
+
+_AXES = ('L', 'P', 'S')  # of BraTS: voxels are counted to the left, to the back and up
+_SPACING_TOLERANCE = 0.01  # relative
+_NIFTI = re.compile(r'\.nii(\.gz)?$', re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoiSet:
+    """Some ROIs.
+
+    Attributes:
+        path: where they come from, as the user gave it.
+        ids: [n] names, unique.
+        labels: int [n], positions in `classes`.
+        classes: names of the classes.
+        volumes: float32 [n, D, H, W] in [-1, 1], background -1; on disk, indexed by rows.
+        spacing: mm a voxel along D, H and W.
+        range: smallest and largest intensity of all files before they were scaled.
+        held_out: bool [n], what no training has seen; None where the source does not say.
+        sha256: of names, classes and voxels.
+        facts: what else a reader should know, as lines of text.
+    """
+
+    path: str
+    ids: tuple[str, ...]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    volumes: np.ndarray
+    spacing: tuple[float, float, float]
+    range: tuple[float, float]
+    held_out: np.ndarray | None
+    sha256: str
+    facts: tuple[str, ...]
+
+    def of(self, label: int) -> np.ndarray:
+        """Rows of a class."""
+        return np.flatnonzero(self.labels == label)
+
+    def counts(self) -> dict[str, int]:
+        """Number of ROIs by class."""
+        return {name: len(self.of(number)) for number, name in enumerate(self.classes)}
+
+
+@contextlib.contextmanager
+def open_sets(real: str, fake: str, settings: ConfigDict, folder: Path) -> Iterator[tuple[RoiSet, RoiSet]]:
+    """Reads two sets and makes sure that they can be compared.
+
+    Args:
+        real: path of one.
+        fake: path of the other.
+        settings: `classes` (names of those to compare; empty: all), `intensity` and `grid`: see configs/evaluate.py.
+        folder: an existing one, for the file that the volumes are kept in; it is gone at the end.
+
+    Yields:
+        The two, of the same classes in the same order, on the same grid.
+
+    Raises:
+        InputError: there is nothing to read or it is damaged, the two have not the same classes, or are of different
+            intensity ranges, spacings or shapes and `settings` do not say that they are to be made alike.
+    """
+    for field, value, known in (('intensity', settings.intensity, INTENSITIES), ('grid', settings.grid, GRIDS)):
+        if value not in known:
+            raise InputError(f'config.{field}={value!r} is none of {", ".join(known)}')
+    sources = {name: _open(name, path) for name, path in (('real', real), ('fake', fake))}
+    classes = _common_classes(sources, tuple(settings.classes))
+    for source in sources.values():
+        source.keep(classes)
+    grid = sources['real'].grid()
+    if settings.grid == 'same':
+        _check_grids(sources, grid)
+    voxels = sum(len(source.ids) for source in sources.values()) * math.prod(grid[0])
+    require_space(folder, voxels * 4, 'comparing the volumes')
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.volumes-') as scratch:
+        raw = {name: _Raw.read(name, source, grid, Path(scratch)) for name, source in sources.items()}
+        scales = _scales(raw, sources, settings.intensity)
+        yield tuple(_finish(sources[name], raw[name], scales[name], classes, grid[1]) for name in sources)
+
+
+@dataclasses.dataclass
+class _Source:
+    """What is to be read: files or records."""
+
+    path: str
+    ids: list[str]
+    labels: list[str]
+    facts: tuple[str, ...] = ()
+    held_out: list[bool] | None = None
+
+    def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Voxels [i, j, k] and affine [4, 4]."""
+        raise NotImplementedError
+
+    def keep(self, classes: Sequence[str]) -> None:
+        """Forgets the ROIs of other classes."""
+        kept = [i for i, label in enumerate(self.labels) if label in classes]
+        for name in ('ids', 'labels', 'held_out', 'places'):
+            values = getattr(self, name, None)
+            if values is not None:
+                setattr(self, name, [values[i] for i in kept])
+
+    def oriented(self, index: int) -> tuple[np.ndarray, tuple[float, float, float]]:
+        """Volume [D, H, W] with the axes of BraTS, and its spacing along them."""
+        voxels, affine = self.image(index)
+        turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(_AXES))
+        turned = orientations.apply_orientation(voxels, turn)
+        sides = nibabel.affines.voxel_sizes(affine @ orientations.inv_ornt_aff(turn, voxels.shape))
+        return to_volume(turned), (float(sides[2]), float(sides[0]), float(sides[1]))
+
+    def grid(self) -> tuple[tuple[int, ...], tuple[float, float, float]]:
+        """Shape and spacing of the first ROI."""
+        volume, spacing = self.oriented(0)
+        return volume.shape, spacing
+
+
+@dataclasses.dataclass
+class _Cohort(_Source):
+    """The ROIs of a prepared cohort."""
+
+    places: list[tuple[pipeline.RoiSource, int]] = dataclasses.field(default_factory=list)
+
+    def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        roi = self.places[index][0].roi(self.places[index][1])
+        return to_nifti((roi.volume + 1) / 2), roi.affine
+
+
+@dataclasses.dataclass
+class _Files(_Source):
+    """NIfTI files."""
+
+    places: list[Path] = dataclasses.field(default_factory=list)
+
+    def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        path = self.places[index]
+        image = samples.load_nifti(path, str(path))
+        return samples.read_voxels(image, str(path)).astype(np.float32), image.affine
+
+
+def _open(name: str, path: str) -> _Source:
+    if not path:
+        raise InputError(f'config.{name} is empty: name a folder of NIfTI files or a prepared cohort')
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise InputError(f'config.{name}={path}: there is no such folder')
+    return _open_cohort(path, folder) if pipeline.is_prepared(folder) else _open_files(name, path, folder)
+
+
+def _open_cohort(path: str, folder: Path) -> _Cohort:
+    cohort = pipeline.open_cohort(folder)
+    sources = {name: cohort.split(name) for name in SPLITS}
+    places = [(source, i) for source in sources.values() for i in range(len(source))]
+    synthetic = ('phantoms: drawings, not patients',) if cohort.report['synthetic'] else ()
+    return _Cohort(
+        path,
+        ids=[source.ids[i] for source, i in places],
+        labels=[cohort.classes[source.labels[i]] for source, i in places],
+        facts=('prepared cohort', *synthetic),
+        held_out=[source.name != 'train' for source, _ in places],
+        places=places,
+    )
+
+
+def _open_files(name: str, path: str, folder: Path) -> _Files:
+    """Finds the files of a folder: those of its manifest, or all NIfTI files in it."""
+    rows = samples.read_manifest(folder / samples.MANIFEST_FILE)
+    if rows:
+        missing = {samples.KEY, 'class'} - rows[0].keys()
+        if missing:
+            raise InputError(f'{folder / samples.MANIFEST_FILE} has no column {" or ".join(sorted(missing))}')
+        ids, labels = [row[samples.KEY] for row in rows], [row['class'] for row in rows]
+        facts = tuple(
+            f'{title}: {", ".join(sorted(values))}'
+            for title, values in (
+                ('seed', {row.get('seed', '') for row in rows}),
+                ('checkpoint', {row.get('checkpoint', '') for row in rows}),
+                ('trained on', {row.get('trained_on', '') for row in rows}),
+            )
+            if values != {''}
+        )
+        facts = ('synthetic ROIs with a manifest', *facts)
+    else:
+        files = sorted(file.relative_to(folder) for file in folder.rglob('*') if _NIFTI.search(file.name))
+        if not files:
+            raise InputError(
+                f'config.{name}={path} has no {samples.MANIFEST_FILE} and no NIfTI file (.nii or .nii.gz), and is no '
+                'prepared cohort'
+            )
+        ids, labels = [file.as_posix() for file in files], [file.parent.name or 'all' for file in files]
+        facts = ('NIfTI files, classes by folder',)
+    return _Files(path, ids, labels, facts, places=[folder / file for file in ids])
+
+
+def _common_classes(sources: dict[str, _Source], asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes to compare."""
+    there = {name: in_order(set(source.labels)) for name, source in sources.items()}
+    wanted = asked or in_order(set(there['real']) | set(there['fake']))
+    for name, labels in there.items():
+        missing = [label for label in wanted if label not in labels]
+        if missing:
+            raise InputError(
+                f'config.{name}={sources[name].path} has no ROI of class {", ".join(missing)}, only of '
+                f'{", ".join(labels)}; name the classes to compare, for instance --config.classes="(\'{labels[0]}\',)"'
+            )
+    return wanted
+
+
+def _check_grids(sources: dict[str, _Source], grid: tuple) -> None:
+    shape, spacing = grid
+    other_shape, other_spacing = sources['fake'].grid()
+    if not np.allclose(spacing, other_spacing, rtol=_SPACING_TOLERANCE, atol=0) or shape != other_shape:
+        raise InputError(
+            f'config.real={sources["real"].path} has ROIs of {_grid_text(shape, spacing)}, '
+            f'config.fake={sources["fake"].path} of {_grid_text(other_shape, other_spacing)}: they do not compare. '
+            "Give --config.grid=resample to bring the second to the first's grid"
+        )
+
+
+def _grid_text(shape: Sequence[int], spacing: Sequence[float]) -> str:
+    voxels, mm = (' x '.join(f'{side:g}' for side in sides) for sides in (shape, spacing))
+    return f'{voxels} voxels of {mm} mm'
+
+
+@dataclasses.dataclass
+class _Raw:
+    """The volumes of a set as the files have them, on the grid of the comparison."""
+
+    volumes: np.memmap  # float32 [n, D, H, W]
+    ranges: np.ndarray  # [n, 2] smallest and largest intensity of each
+    sha256: str
+
+    @classmethod
+    def read(cls, name: str, source: _Source, grid: tuple, folder: Path) -> '_Raw':
+        (shape, spacing), digest = grid, hashlib.sha256()
+        volumes = np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', np.float32, (len(source.ids), *shape))
+        ranges = np.empty((len(volumes), 2))
+        rows = tqdm(range(len(volumes)), desc=f'reading {name}', unit='ROI', disable=None)
+        own = source.grid()
+        for row in rows:
+            volume, there = source.oriented(row)
+            if volume.shape != own[0] or not np.allclose(there, own[1], rtol=_SPACING_TOLERANCE, atol=0):
+                raise InputError(
+                    f'config.{name}={source.path}: {source.ids[row]} has {_grid_text(volume.shape, there)}, '
+                    f'{source.ids[0]} {_grid_text(*own)}; a set has one grid'
+                )
+            digest.update(f'{source.ids[row]}\0{source.labels[row]}\0'.encode())
+            digest.update(np.ascontiguousarray(volume))
+            volumes[row] = _on_grid(volume, there, shape, spacing)
+            ranges[row] = volume.min(), volume.max()
+        return cls(volumes, ranges, digest.hexdigest())
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest intensity of all."""
+        return float(self.ranges[:, 0].min()), float(self.ranges[:, 1].max())
+
+    @property
+    def convention(self) -> tuple[float, float] | None:
+        """[0, 1] or [-1, 1], if that is where all intensities lie; None for any other range."""
+        low, high = self.range
+        return None if low < -1 or high > 1 else (-1.0, 1.0) if low < 0 else (0.0, 1.0)
+
+
+def _on_grid(volume: np.ndarray, spacing: Sequence[float], shape: Sequence[int], wanted: Sequence[float]) -> np.ndarray:
+    """A volume resampled linearly to voxels of the wanted size, and cropped or padded evenly to the wanted shape."""
+    if not np.allclose(spacing, wanted, rtol=_SPACING_TOLERANCE, atol=0):
+        sides = [max(1, round(n * mm / w)) for n, mm, w in zip(volume.shape, spacing, wanted, strict=True)]
+        zoom = [side / n for side, n in zip(sides, volume.shape, strict=True)]
+        volume = ndimage.zoom(volume, zoom, order=1, mode='nearest', grid_mode=True)
+    for axis, (side, target) in enumerate(zip(volume.shape, shape, strict=True)):
+        start = max(side - target, 0) // 2
+        volume = volume.take(range(start, start + min(side, target)), axis)
+        before = max(target - side, 0) // 2
+        after = max(target - side, 0) - before
+        volume = np.pad(
+            volume, [(before, after) if a == axis else (0, 0) for a in range(3)], constant_values=volume.min()
+        )
+    return volume
+
+
+def _scales(raw: dict[str, _Raw], sources: dict[str, _Source], intensity: str) -> dict[str, np.ndarray]:
+    """What becomes -1 and 1 in each volume, [n, 2] by set.
+
+    Raises:
+        InputError: with 'as_is', where the two are not both in [0, 1] or both in [-1, 1].
+    """
+    conventions = {name: part.convention for name, part in raw.items()}
+    if intensity == 'as_is':
+        if None in conventions.values() or len(set(conventions.values())) > 1:
+            ranges = ', '.join(
+                f'config.{name}={sources[name].path} in [{part.range[0]:g}, {part.range[1]:g}]'
+                for name, part in raw.items()
+            )
+            raise InputError(
+                f'the intensities do not compare: {ranges}; expected both in [0, 1] or both in [-1, 1]. Give '
+                '--config.intensity=each to scale every ROI by its own largest intensity, as preparation does'
+            )
+        return {name: np.tile(conventions[name], (len(part.ranges), 1)) for name, part in raw.items()}
+    scales = {}
+    for name, part in raw.items():
+        low = np.full(len(part.ranges), -1.0) if conventions[name] == (-1, 1) else np.minimum(part.ranges[:, 0], 0)
+        high = np.where(part.ranges[:, 1] > low, part.ranges[:, 1], low + 1)  # an empty one stays empty
+        scales[name] = np.stack([low, high], axis=1)
+    return scales
+
+
+def _finish(
+    source: _Source, raw: _Raw, scales: np.ndarray, classes: tuple[str, ...], spacing: tuple[float, float, float]
+) -> RoiSet:
+    for row, limits in enumerate(scales):
+        raw.volumes[row] = scale(raw.volumes[row], limits)
+    raw.volumes.flush()
+    return RoiSet(
+        path=source.path,
+        ids=tuple(source.ids),
+        labels=np.array([classes.index(label) for label in source.labels]),
+        classes=classes,
+        volumes=raw.volumes,
+        spacing=spacing,
+        range=raw.range,
+        held_out=None if source.held_out is None else np.array(source.held_out),
+        sha256=raw.sha256,
+        facts=source.facts,
+    )
