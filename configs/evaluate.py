@@ -55,8 +55,9 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
 
     if variant == 'demo':
         config.pairs = 300
+        config.bootstrap = 100
         config.frechet_bootstrap = 20
-        config.slices.number = 4
+        config.slices.number = 2
     if variant == 'smoke':
         config.pairs = 10
         config.bootstrap = 5

@@ -51,7 +51,7 @@ def config(**changes):
     return settings
 
 
-def as_set(volumes, held_out=None):
+def as_set(volumes, splits=None):
     """A set from arrays: ROIs of LGG, as many of HGG."""
     half = len(volumes) // 2
     return RoiSet(
@@ -62,7 +62,8 @@ def as_set(volumes, held_out=None):
         volumes=2 * volumes - 1,
         spacing=(2.0, 2.0, 2.0),
         range=(0.0, 1.0),
-        held_out=held_out,
+        patients=tuple(f'P{i}' for i in range(len(volumes))),
+        splits=splits,
         sha256='',
         facts=(),
     )
@@ -73,10 +74,10 @@ REAL = np.concatenate([balls(label, 2 * NUMBER, seed=0) for label in ('LGG', 'HG
 OTHERS = np.concatenate([balls(label, NUMBER, seed=1) for label in ('LGG', 'HGG')])
 
 
-def figures(fake, held_out=None, metrics=('ms_ssim', 'mmd', 'coverage', 'statistics', 'privacy')):
+def figures(fake, splits=None, metrics=('ms_ssim', 'mmd', 'coverage', 'statistics', 'privacy')):
     """What is found: the evaluation, and its figures by metric and class."""
     settings = config(metrics=metrics, pairs=40, bootstrap=20, neighbours=3)
-    evaluation = evaluate.Evaluation(as_set(REAL, held_out), as_set(fake), settings)
+    evaluation = evaluate.Evaluation(as_set(REAL, splits), as_set(fake), settings)
     evaluate.measure(evaluation)
     return evaluation, {(figure.metric, figure.label): figure for figure in evaluation.figures}
 
@@ -111,9 +112,9 @@ def test_one_roi_repeated_is_a_collapse():
 
 
 def test_copies_of_training_rois_are_listed():
-    held_out = np.tile([False, True], 2 * NUMBER)
+    splits = ('train', 'test') * (2 * NUMBER)
     copies = np.concatenate([REAL[: 2 * NUMBER : 2], REAL[2 * NUMBER :: 2]])
-    evaluation, found = figures(copies, held_out, metrics=('privacy',))
+    evaluation, found = figures(copies, splits, metrics=('privacy',))
     assert found['nearest training ROI, MS-SSIM', ''].value > 0.999 > found['nearest training ROI, MS-SSIM', ''].floor
     assert found['nearest training ROI, VGG distance', ''].value < 0.05
     assert len(evaluation.neighbours) == 2 * NUMBER
@@ -121,7 +122,7 @@ def test_copies_of_training_rois_are_listed():
     assert {(pair['synthetic'], pair['real']) for pair in evaluation.neighbours} == {
         (f'ROI {i}', f'ROI {2 * i}') for i in range(2 * NUMBER)
     }
-    _, fresh = figures(OTHERS, held_out, metrics=('privacy',))
+    _, fresh = figures(OTHERS, splits, metrics=('privacy',))
     figure = fresh['nearest training ROI, MS-SSIM', '']
     assert abs(figure.value - figure.floor) < 2 * max(figure.spread, figure.floor_spread)
 

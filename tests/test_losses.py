@@ -82,3 +82,15 @@ def test_sums_are_float32_under_bfloat16(loss):
     value = loss(one, other.astype(jnp.float32))
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, loss(one.astype(jnp.float32), other.astype(jnp.float32)), rtol=1e-6)
+
+
+@pytest.mark.parametrize('gamma', [0.0, 2.0])
+def test_focal_is_weighted_cross_entropy_that_forgets_the_easy(gamma):
+    rng = np.random.default_rng(0)
+    logits, labels, alpha = rng.normal(0, 2, (7, 3)).astype(np.float32), np.arange(7) % 3, np.array([0.5, 1, 2.0])
+    probability = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[np.arange(7), labels]
+    expected = alpha[labels] * (1 - probability) ** gamma * -np.log(probability)
+    np.testing.assert_allclose(losses.focal(logits, labels, jnp.asarray(alpha), gamma), expected, rtol=1e-4)
+    certain = jnp.array([[100.0, -100.0]])
+    gradient = jax.grad(lambda x: losses.focal(x, jnp.array([0]), jnp.ones(2), gamma).sum())(certain)
+    assert np.isfinite(gradient).all()

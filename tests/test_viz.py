@@ -340,3 +340,22 @@ def test_saving_is_whole_or_not_at_all(tmp_path):
         viz.save_figure(Broken(), tmp_path / 'new' / 'a.png')
     assert (tmp_path / 'new' / 'a.png').read_bytes() == before
     assert [path.name for path in (tmp_path / 'new').iterdir()] == ['a.png']
+
+
+def test_roc_names_each_curve_with_its_area():
+    figure = viz.roc({'good': [[0, 0, 1], [0, 1, 1]], 'chance': [[0, 0.5, 1], [0, 0.5, 1]]})
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ['good: area 1.000', 'chance: area 0.500']
+    np.testing.assert_allclose(figure.axes[0].lines[1].get_xydata(), [[0, 0], [0, 1], [1, 1]])
+    assert not overlapping_texts(figure)
+
+
+def test_confusion_writes_every_count_where_it_belongs():
+    counts = {'one arm': np.array([[20, 5], [1, 24]]), 'a second arm': np.array([[10, 15], [0, 25]])}
+    figure = viz.confusion(counts, ('LGG', 'HGG'))
+    assert not overlapping_texts(figure)
+    for axes, (name, matrix) in zip(figure.axes, counts.items(), strict=True):
+        assert axes.get_title(loc='left') == name
+        found = {tuple(map(int, text.get_position()[::-1])): int(text.get_text()) for text in axes.texts}
+        assert found == {place: matrix[place] for place in np.ndindex(2, 2)}
+        np.testing.assert_allclose(axes.images[0].get_array(), matrix / matrix.sum(axis=1, keepdims=True))

@@ -117,20 +117,20 @@ class Evaluation:
     @functools.cached_property
     def training(self) -> np.ndarray:
         """Real rows that a generator may have learnt from: the training split, or all where there are no splits."""
-        return np.flatnonzero(~self.real.held_out) if self.has_splits else np.arange(len(self.real.labels))
+        return self.real.among('train') if self.has_splits else np.arange(len(self.real.labels))
 
     @functools.cached_property
     def held_out(self) -> np.ndarray:
         """Real rows that it has not: the other splits, or all where there are none."""
-        return np.flatnonzero(self.real.held_out) if self.has_splits else np.arange(len(self.real.labels))
+        return self.real.among('val', 'test') if self.has_splits else np.arange(len(self.real.labels))
 
     @property
     def has_splits(self) -> bool:
         """Whether the real set says what is held out, and some of every class is and is not."""
-        if self.real.held_out is None:
+        if self.real.splits is None:
             return False
-        parts = [self.real.held_out[self.real.of(number)] for number in range(len(self.real.classes))]
-        return all(part.any() and not part.all() for part in parts)
+        seen, classes = self.real.among('train'), range(len(self.real.classes))
+        return all(0 < np.isin(self.real.of(number), seen).sum() < len(self.real.of(number)) for number in classes)
 
     @functools.cached_property
     def distances(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The terms of stage 1's objective, each a pure function of arrays.
+"""The terms of stage 1's objective and the classifier's loss, each a pure function of arrays.
 
 All take any float dtype and sum in float32. Each is a mean over the samples of the batch, so that the mean over equal
 micro-batches is the value of the whole batch; `adaptive_weight` alone is not, and is given whole-batch gradients.
@@ -109,3 +109,22 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     """
     target = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     return jnp.mean(optax.softmax_cross_entropy(logits.astype(jnp.float32), target))
+
+
+def focal(logits: jax.Array, labels: jax.Array, alpha: jax.Array, gamma: float) -> jax.Array:
+    """Focal loss of each sample: `alpha_c (1 - p_c)^gamma (-log p_c)`, p_c its true class's probability.
+
+    Source: Lin et al. 2017, *Focal loss for dense object detection*.
+
+    Args:
+        logits: `[B, classes]`.
+        labels: int `[B]`.
+        alpha: `[classes]`, weights of the classes.
+        gamma: how much less a sample counts that is told well already; 0: cross-entropy.
+
+    Returns:
+        float32 `[B]`.
+    """
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    wrong = jnp.maximum(-jnp.expm1(-loss), 1e-7)  # 1 - p, kept off 0, where powers have no slope
+    return alpha[labels] * wrong**gamma * loss

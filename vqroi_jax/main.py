@@ -34,6 +34,7 @@ TASKS = {
     'demo': 'vqroi_jax.demo',
     'generate': 'vqroi_jax.generate',
     'evaluate': 'vqroi_jax.evaluate',
+    'classifier': 'vqroi_jax.train_classifier',
 }
 
 

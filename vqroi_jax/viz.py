@@ -320,6 +320,52 @@ def neighbours(
     return table.page.figure
 
 
+def roc(lines: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    """ROC curves, and the areas under them.
+
+    Args:
+        lines: by name, the share of negatives and that of positives told as positive, for falling thresholds.
+    """
+    page = _Page(5.2, 4.6)
+    axes = page.axes(0.8, 0.4, 4.0, 3.5)
+    _style(axes)
+    axes.plot((0, 1), (0, 1), color=_FAINT, linewidth=0.8, linestyle=':')
+    for (name, (wrong, right)), colour in zip(lines.items(), itertools.cycle(_LINES), strict=False):
+        area = np.trapezoid(right, wrong)
+        axes.plot(wrong, right, color=colour, linewidth=1.5, label=f'{name}: area {area:.3f}')
+    axes.set_xlabel('false positive rate')
+    axes.set_ylabel('true positive rate')
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, fontsize=_SMALL, labelcolor=_LIGHT, loc='lower right')
+    return page.figure
+
+
+def confusion(counts: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figure:
+    """Confusion matrices, a panel each.
+
+    Args:
+        counts: by name, int [classes, classes]: true class by row, predicted one by column.
+        classes: names.
+    """
+    side = 0.7 * len(classes) + 0.6
+    page = _Page((side + 1.3) * len(counts) + 0.3, side + 1.4)
+    for number, (name, matrix) in enumerate(counts.items()):
+        axes = page.axes(1.0 + (side + 1.3) * number, 0.5, side, side)
+        axes.set_title(name, color=_LIGHT, fontsize=_TEXT, loc='left')
+        shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap='cividis', vmin=0, vmax=1)
+        for row, column in np.ndindex(matrix.shape):
+            ink = _DARK if shares[row, column] > 0.6 else _LIGHT
+            axes.text(column, row, str(matrix[row, column]), ha='center', va='center', color=ink, fontsize=_TEXT)
+        axes.set_xticks(range(len(classes)), classes)
+        axes.set_yticks(range(len(classes)), classes)
+        axes.tick_params(colors=_LIGHT, labelsize=_SMALL, length=0)
+        axes.set_xlabel('predicted', color=_LIGHT, fontsize=_SMALL)
+        axes.set_ylabel('true', color=_LIGHT, fontsize=_SMALL)
+    return page.figure
+
+
 def curves(rows: Sequence[Mapping[str, float | None]], names: Sequence[str] | None = None) -> Figure:
     """Metrics over training steps, one panel a metric; `val/l1` shares the panel of `l1`.
 

@@ -49,7 +49,8 @@ def test_files_of_any_orientation_come_out_alike(tmp_path):
         np.testing.assert_allclose(one.volumes[1], 2 * to_volume(voxels[1]) - 1, atol=1e-6)
         assert one.spacing == other.spacing == (3, 1, 2)
         assert (one.ids, one.classes, one.counts()) == (('a/0.nii', 'a/1.nii'), ('a',), {'a': 2})
-        assert one.held_out is None
+        assert one.splits is None
+        assert one.patients == one.ids
         assert one.sha256 == other.sha256
         assert one.range == (0, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['fake', 'real']
@@ -118,7 +119,11 @@ def test_a_prepared_cohort_says_what_was_held_out(tmp_path):
     with open_sets(str(tmp_path / 'cohort'), str(tmp_path / 'cohort'), settings(), tmp_path) as (one, _):
         ids = [*cohort.splits['train'], *cohort.splits['val'], *cohort.splits['test']]
         assert list(one.ids) == ids
-        assert one.held_out.tolist() == [name not in cohort.splits['train'] for name in ids]
+        assert all(name in cohort.splits[split] for name, split in zip(one.ids, one.splits, strict=True))
+        assert one.among('val', 'test').tolist() == [
+            i for i, name in enumerate(ids) if name not in cohort.splits['train']
+        ]
+        assert list(one.patients) == [cohort.scans[name]['patient'] for name in ids]
         assert one.spacing == (8, 8, 8)
         assert 'phantoms: drawings, not patients' in one.facts
         np.testing.assert_allclose(one.volumes[0], cohort.split('train').volume(0)[..., 0], atol=1e-6)

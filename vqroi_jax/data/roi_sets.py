@@ -48,7 +48,8 @@ class RoiSet:
         volumes: float32 [n, D, H, W] in [-1, 1], background -1; on disk, indexed by rows.
         spacing: mm a voxel along D, H and W.
         range: smallest and largest intensity of all files before they were scaled.
-        held_out: bool [n], what no training has seen; None where the source does not say.
+        patients: [n] the patient of each; the ROI's own name where the source does not say.
+        splits: [n] 'train', 'val' or 'test', of a prepared cohort; None of other sources.
         sha256: of names, classes and voxels.
         facts: what else a reader should know, as lines of text.
     """
@@ -60,13 +61,18 @@ class RoiSet:
     volumes: np.ndarray
     spacing: tuple[float, float, float]
     range: tuple[float, float]
-    held_out: np.ndarray | None
+    patients: tuple[str, ...]
+    splits: tuple[str, ...] | None
     sha256: str
     facts: tuple[str, ...]
 
     def of(self, label: int) -> np.ndarray:
         """Rows of a class."""
         return np.flatnonzero(self.labels == label)
+
+    def among(self, *splits: str) -> np.ndarray:
+        """Rows of some splits."""
+        return np.flatnonzero(np.isin(self.splits, splits))
 
     def counts(self) -> dict[str, int]:
         """Number of ROIs by class."""
@@ -116,7 +122,8 @@ class _Source:
     ids: list[str]
     labels: list[str]
     facts: tuple[str, ...] = ()
-    held_out: list[bool] | None = None
+    patients: list[str] | None = None
+    splits: list[str] | None = None
 
     def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Voxels [i, j, k] and affine [4, 4]."""
@@ -125,7 +132,7 @@ class _Source:
     def keep(self, classes: Sequence[str]) -> None:
         """Forgets the ROIs of other classes."""
         kept = [i for i, label in enumerate(self.labels) if label in classes]
-        for name in ('ids', 'labels', 'held_out', 'places'):
+        for name in ('ids', 'labels', 'patients', 'splits', 'places'):
             values = getattr(self, name, None)
             if values is not None:
                 setattr(self, name, [values[i] for i in kept])
@@ -186,7 +193,8 @@ def _open_cohort(path: str, folder: Path) -> _Cohort:
         ids=[source.ids[i] for source, i in places],
         labels=[cohort.classes[source.labels[i]] for source, i in places],
         facts=('prepared cohort', *synthetic),
-        held_out=[source.name != 'train' for source, _ in places],
+        patients=[cohort.scans[source.ids[i]]['patient'] for source, i in places],
+        splits=[source.name for source, _ in places],
         places=places,
     )
 
@@ -348,7 +356,8 @@ def _finish(
         volumes=raw.volumes,
         spacing=spacing,
         range=raw.range,
-        held_out=None if source.held_out is None else np.array(source.held_out),
+        patients=tuple(source.patients or source.ids),
+        splits=source.splits and tuple(source.splits),
         sha256=raw.sha256,
         facts=source.facts,
     )

@@ -1,0 +1,128 @@
+"""The classifier's training step: augmented ROIs, focal loss, and statistics of batch norms that move along."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vqroi_jax import augmentation, losses
+from vqroi_jax.models.resnet3d import ResNet3D
+from vqroi_jax.training import optimizers, partitioning
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class ClassifierState:
+    """What training changes."""
+
+    step: jax.Array  # int32 []: updates tried
+    params: Any  # float32
+    statistics: Any  # float32: running means and variances of the batch norms
+    optimizer: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how.
+
+    Attributes:
+        model: the network.
+        optimizer: without the learning rate.
+        rate: learning rate by step.
+        alpha: weights of the classes in the focal loss.
+        gamma: its exponent.
+        augment: block of `augmentation.draw_change`; None: ROIs as they are.
+        seed: of initial values and augmentation.
+    """
+
+    model: ResNet3D
+    optimizer: optax.GradientTransformation
+    rate: optax.Schedule
+    alpha: tuple[float, ...]
+    gamma: float
+    augment: ConfigDict | None
+    seed: int
+
+
+def create_state(recipe: Recipe, roi_size: tuple[int, ...], mesh: Mesh, start: dict | None = None) -> ClassifierState:
+    """The state before the first step, created where it will live.
+
+    Args:
+        recipe: whose `seed` decides the initial values.
+        roi_size: D, H, W.
+        mesh: the state is whole on each of its devices.
+        start: `params` and `statistics` to begin with, as NumPy arrays; None: drawn.
+    """
+    whole = partitioning.replicated(mesh)
+
+    def draw(key):
+        return recipe.model.init(key, jnp.zeros((1, *roi_size, 1)))
+
+    def create(params, statistics) -> ClassifierState:
+        return ClassifierState(jnp.zeros((), jnp.int32), params, statistics, recipe.optimizer.init(params))
+
+    if start is None:
+        options = partitioning.one_run_options(mesh.devices.flat[0].platform)
+        variables = jax.jit(draw, out_shardings=whole, compiler_options=options)(jax.random.key(recipe.seed))
+        start = {'params': variables['params'], 'statistics': variables['batch_stats']}
+    return jax.jit(create, out_shardings=whole)(start['params'], start['statistics'])
+
+
+def loss_and_metrics(
+    recipe: Recipe, params: Any, statistics: Any, volume: jax.Array, label: jax.Array
+) -> tuple[jax.Array, tuple[Any, Metrics]]:
+    """Mean focal loss of a batch in training; and the statistics that it leaves, and metrics."""
+    variables = {'params': params, 'batch_stats': statistics}
+    logits, changed = recipe.model.apply(variables, volume, train=True, mutable='batch_stats')
+    loss = jnp.mean(losses.focal(logits, label, jnp.asarray(recipe.alpha), recipe.gamma))
+    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == label)
+    return loss, (changed['batch_stats'], {'loss': loss, 'accuracy': accuracy})
+
+
+def make_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[ClassifierState, Batch], tuple[ClassifierState, Metrics]]:
+    """The jitted step over a mesh: (state, global batch) to (state, metrics); the state is donated.
+
+    Batch norms see the whole global batch. Where the loss or gradient is not finite, only `step` moves on.
+    """
+
+    def step(state: ClassifierState, batch: Batch) -> tuple[ClassifierState, Metrics]:
+        volume, label = batch['volume'], batch['label']
+        if recipe.augment is not None:
+            key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(label)))
+            volume = augmentation.augment(keys, volume, recipe.augment)
+        gradient, (statistics, metrics) = jax.grad(loss_and_metrics, argnums=1, has_aux=True)(
+            recipe, state.params, state.statistics, volume, label
+        )
+        rate = recipe.rate(state.step)
+        updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, state.params)
+        params = optimizers.apply(state.params, updates, rate)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(metrics['loss'] + norm)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, statistics, optimizer),
+            (state.params, state.statistics, state.optimizer),
+        )
+        metrics |= {'gradient_norm': norm, 'learning_rate': rate, 'finite': finite}
+        return ClassifierState(state.step + 1, *kept), metrics
+
+    whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
+    return jax.jit(step, in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0)
+
+
+def make_logits(recipe: Recipe, mesh: Mesh) -> Callable[[Any, Any, jax.Array], jax.Array]:
+    """The jitted forward pass of evaluation: (params, statistics, global volumes) to logits, by rows."""
+
+    def logits(params: Any, statistics: Any, volume: jax.Array) -> jax.Array:
+        return recipe.model.apply({'params': params, 'batch_stats': statistics}, volume)
+
+    return jax.jit(logits, out_shardings=partitioning.batch_sharding(mesh))
