@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from vqroi_jax import evaluate, main
 from vqroi_jax.data.roi_sets import RoiSet
+from vqroi_jax.errors import InputError
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'evaluate.py'
 SIDE = 24
@@ -225,6 +226,13 @@ def test_what_cannot_be_compared_is_told_in_one_line(make, more, message, folder
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count('\n') == 1
+
+
+def test_rois_that_vgg16_cannot_see_are_refused(tmp_path):
+    small = as_set(REAL[:, :15, :15, :15])
+    for metrics in (('privacy',), ('frechet', 'mmd')):
+        with pytest.raises(InputError, match='15 x 15 x 15 voxels are too small for VGG16'):
+            evaluate.measure(evaluate.Evaluation(small, small, config(metrics=metrics)))
 
 
 def damage(folder, content):

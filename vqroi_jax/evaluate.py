@@ -246,6 +246,7 @@ def check_settings(config: ConfigDict) -> None:
     if unknown := [name for name in config.metrics if name not in GROUPS]:
         raise InputError(f'config.metrics: {unknown[0]!r} is none of {", ".join(GROUPS)}')
     for field, value, least in (
+        ('seed', config.seed, 0),
         ('pairs', config.pairs, 1),
         ('bootstrap', config.bootstrap, 2),
         ('frechet_bootstrap', config.frechet_bootstrap, 2),
@@ -265,6 +266,12 @@ def check_settings(config: ConfigDict) -> None:
 
 
 def _check_sizes(evaluation: Evaluation) -> None:
+    shape, seen = evaluation.real.volumes.shape[1:], {'frechet', 'coverage', 'privacy'} & {*evaluation.config.metrics}
+    if seen and min(shape) < perceptual.SMALLEST:
+        raise InputError(
+            f'ROIs of {" x ".join(map(str, shape))} voxels are too small for VGG16, which needs {perceptual.SMALLEST} '
+            f'along each side; leave {", ".join(sorted(seen))} out of config.metrics'
+        )
     for name, part, least in (('real', evaluation.real, FEWEST), ('fake', evaluation.fake, 2)):
         for label, count in part.counts().items():
             if count < least:

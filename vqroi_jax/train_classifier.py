@@ -124,6 +124,8 @@ def check_settings(config: ConfigDict) -> Mesh:
     for field, value, known in choices:
         if value not in known:
             raise InputError(f'config.{field}={value!r} is none of {", ".join(map(str, known))}')
+    if config.seed < 0:
+        raise InputError(f'config.seed={config.seed}: expected 0 or more')
     if config.runs < 2:
         raise InputError(f'config.runs={config.runs}: at least 2 are needed for a standard deviation')
     if not 0 < config.validation < 1 / config.runs:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from vqroi_jax.errors import InputError
 
 SHA256 = '2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d'
+SMALLEST = 16  # pixels of an image's sides
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)

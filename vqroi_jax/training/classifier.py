@@ -107,11 +107,8 @@ def make_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[ClassifierState, Ba
         params = optimizers.apply(state.params, updates, rate)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics['loss'] + norm)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, statistics, optimizer),
-            (state.params, state.statistics, state.optimizer),
-        )
+        before = state.params, state.statistics, state.optimizer
+        kept = optimizers.where(finite, (params, statistics, optimizer), before)
         metrics |= {'gradient_norm': norm, 'learning_rate': rate, 'finite': finite}
         return ClassifierState(state.step + 1, *kept), metrics
 

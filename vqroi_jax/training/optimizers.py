@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -32,6 +33,11 @@ def cosine_rate(settings: ml_collections.ConfigDict, steps: int) -> optax.Schedu
     return optax.cosine_decay_schedule(
         settings.learning_rate, steps, alpha=settings.final_learning_rate / settings.learning_rate
     )
+
+
+def where(finite: jax.Array, new: Any, old: Any) -> Any:
+    """A tree of arrays as the step has made it, or as it was where the step was not finite (bool scalar)."""
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
 def apply(params: optax.Params, updates: optax.Updates, rate: jax.Array) -> optax.Params:

@@ -272,11 +272,7 @@ def update(recipe: Recipe, state: TransformerState, example: Example) -> tuple[T
         average = optax.incremental_update(params, state.average, 1 - recipe.settings.ema_decay)
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(metrics['loss'] + norm)
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, optimizer, average),
-        (state.params, state.optimizer, state.average),
-    )
+    kept = optimizers.where(finite, (params, optimizer, average), (state.params, state.optimizer, state.average))
     metrics |= {
         'perplexity': jnp.exp(metrics['loss']),
         'gradient_norm': norm,
