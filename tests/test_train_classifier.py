@@ -73,7 +73,7 @@ def test_an_arm_gets_the_rois_that_it_asks_for():
 def test_validation_sets_are_disjoint_from_run_to_run_and_from_training():
     sets = fake_sets()
     plans = [train_classifier.plan(arm(), 'mixed', number, sets) for number in range(3)]
-    test = train_classifier.test_rois(sets)
+    test = train_classifier.tested_rois(sets)
     for stage in ('pretrain', 'finetune'):
         held = [{tuple(row) for row in parts[stage].validation.rows} for parts in plans]
         assert len(held[0] | held[1] | held[2]) == sum(map(len, held))
@@ -102,7 +102,7 @@ def test_a_patient_on_two_sides_is_found():
     leaking = RoiSet(**{**vars(sets[0]), 'patients': tuple(patients)}), sets[1]
     config = arm(pretrain_rois=0, rois=10)
     parts = train_classifier.plan(config, 'mixed', 0, leaking)
-    test = train_classifier.test_rois(leaking)
+    test = train_classifier.tested_rois(leaking)
     leak = next(part for part in parts.values() if patients[0] in part.train.patients | part.validation.patients)
     with pytest.raises(InputError, match=f'patient {patients[0]} has ROIs in the test split and outside'):
         train_classifier.check_disjoint(test, leak)

@@ -89,7 +89,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     with open_workdir(workdir, config) as folder:
         mesh = check_settings(config)
         with open_sets(config.real, config.fake or config.real, config, folder) as sets:
-            test = test_rois(sets)
+            test = tested_rois(sets)
             parts = {
                 (name, number): plan(config, name, number, sets)
                 for name in config.arms
@@ -142,7 +142,7 @@ def check_settings(config: ConfigDict) -> Mesh:
     return mesh
 
 
-def test_rois(sets: tuple[RoiSet, RoiSet]) -> Rois:
+def tested_rois(sets: tuple[RoiSet, RoiSet]) -> Rois:
     """The test split of the real set.
 
     Raises:

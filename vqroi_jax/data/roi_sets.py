@@ -11,8 +11,9 @@ import hashlib
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -116,30 +117,39 @@ def open_sets(real: str, fake: str, settings: ConfigDict, folder: Path) -> Itera
 
 @dataclasses.dataclass
 class _Source:
-    """What is to be read: files or records."""
+    """What is to be read: files or records.
+
+    Attributes:
+        path: as the user gave it.
+        ids: names.
+        labels: class names.
+        places: where each is.
+        read: from a place to voxels [i, j, k] and affine [4, 4].
+        facts: see `RoiSet`.
+        patients: None where they are not known.
+        splits: None where there are none.
+    """
 
     path: str
     ids: list[str]
     labels: list[str]
-    facts: tuple[str, ...] = ()
+    places: list[Any]
+    read: Callable[[Any], tuple[np.ndarray, np.ndarray]]
+    facts: tuple[str, ...]
     patients: list[str] | None = None
     splits: list[str] | None = None
-
-    def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Voxels [i, j, k] and affine [4, 4]."""
-        raise NotImplementedError
 
     def keep(self, classes: Sequence[str]) -> None:
         """Forgets the ROIs of other classes."""
         kept = [i for i, label in enumerate(self.labels) if label in classes]
-        for name in ('ids', 'labels', 'patients', 'splits', 'places'):
-            values = getattr(self, name, None)
+        for name in ('ids', 'labels', 'places', 'patients', 'splits'):
+            values = getattr(self, name)
             if values is not None:
                 setattr(self, name, [values[i] for i in kept])
 
     def oriented(self, index: int) -> tuple[np.ndarray, tuple[float, float, float]]:
         """Volume [D, H, W] with the axes of BraTS, and its spacing along them."""
-        voxels, affine = self.image(index)
+        voxels, affine = self.read(self.places[index])
         turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(_AXES))
         turned = orientations.apply_orientation(voxels, turn)
         sides = nibabel.affines.voxel_sizes(affine @ orientations.inv_ornt_aff(turn, voxels.shape))
@@ -151,27 +161,15 @@ class _Source:
         return volume.shape, spacing
 
 
-@dataclasses.dataclass
-class _Cohort(_Source):
-    """The ROIs of a prepared cohort."""
-
-    places: list[tuple[pipeline.RoiSource, int]] = dataclasses.field(default_factory=list)
-
-    def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        roi = self.places[index][0].roi(self.places[index][1])
-        return to_nifti((roi.volume + 1) / 2), roi.affine
+def _read_record(place: tuple[pipeline.RoiSource, int]) -> tuple[np.ndarray, np.ndarray]:
+    source, index = place
+    roi = source.roi(index)
+    return to_nifti((roi.volume + 1) / 2), roi.affine
 
 
-@dataclasses.dataclass
-class _Files(_Source):
-    """NIfTI files."""
-
-    places: list[Path] = dataclasses.field(default_factory=list)
-
-    def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        path = self.places[index]
-        image = samples.load_nifti(path, str(path))
-        return samples.read_voxels(image, str(path)).astype(np.float32), image.affine
+def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    image = samples.load_nifti(path, str(path))
+    return samples.read_voxels(image, str(path)).astype(np.float32), image.affine
 
 
 def _open(name: str, path: str) -> _Source:
@@ -183,12 +181,12 @@ def _open(name: str, path: str) -> _Source:
     return _open_cohort(path, folder) if pipeline.is_prepared(folder) else _open_files(name, path, folder)
 
 
-def _open_cohort(path: str, folder: Path) -> _Cohort:
+def _open_cohort(path: str, folder: Path) -> _Source:
     cohort = pipeline.open_cohort(folder)
     sources = {name: cohort.split(name) for name in SPLITS}
     places = [(source, i) for source in sources.values() for i in range(len(source))]
     synthetic = ('phantoms: drawings, not patients',) if cohort.report['synthetic'] else ()
-    return _Cohort(
+    return _Source(
         path,
         ids=[source.ids[i] for source, i in places],
         labels=[cohort.classes[source.labels[i]] for source, i in places],
@@ -196,10 +194,11 @@ def _open_cohort(path: str, folder: Path) -> _Cohort:
         patients=[cohort.scans[source.ids[i]]['patient'] for source, i in places],
         splits=[source.name for source, _ in places],
         places=places,
+        read=_read_record,
     )
 
 
-def _open_files(name: str, path: str, folder: Path) -> _Files:
+def _open_files(name: str, path: str, folder: Path) -> _Source:
     """Finds the files of a folder: those of its manifest, or all NIfTI files in it."""
     rows = samples.read_manifest(folder / samples.MANIFEST_FILE)
     if rows:
@@ -226,7 +225,7 @@ def _open_files(name: str, path: str, folder: Path) -> _Files:
             )
         ids, labels = [file.as_posix() for file in files], [file.parent.name or 'all' for file in files]
         facts = ('NIfTI files, classes by folder',)
-    return _Files(path, ids, labels, facts, places=[folder / file for file in ids])
+    return _Source(path, ids, labels, [folder / file for file in ids], _read_file, facts)
 
 
 def _common_classes(sources: dict[str, _Source], asked: tuple[str, ...]) -> tuple[str, ...]:
