@@ -1,5 +1,6 @@
 """The evaluation: that constructed sets get the figures that they must have, what it leaves, and what it refuses."""
 
+import functools
 import json
 import pathlib
 import re
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from vqroi_jax import evaluate, main
+from vqroi_jax import evaluate, figures_of_merit, main
 from vqroi_jax.data.roi_sets import RoiSet
 from vqroi_jax.errors import InputError
 
@@ -78,8 +79,8 @@ OTHERS = np.concatenate([balls(label, NUMBER, seed=1) for label in ('LGG', 'HGG'
 def figures(fake, splits=None, metrics=('ms_ssim', 'mmd', 'coverage', 'statistics', 'privacy')):
     """What is found: the evaluation, and its figures by metric and class."""
     settings = config(metrics=metrics, pairs=40, bootstrap=20, neighbours=3)
-    evaluation = evaluate.Evaluation(as_set(REAL, splits), as_set(fake), settings)
-    evaluate.measure(evaluation)
+    evaluation = figures_of_merit.Evaluation(as_set(REAL, splits), as_set(fake), settings)
+    figures_of_merit.measure(evaluation)
     return evaluation, {(figure.metric, figure.label): figure for figure in evaluation.figures}
 
 
@@ -187,6 +188,36 @@ def test_the_same_command_again_measures_nothing_and_other_rois_anew(done, folde
     assert second['fake']['sha256'] != json.loads(first)['fake']['sha256']
 
 
+def test_an_evaluation_that_died_before_its_end_is_measured_anew(folders, tmp_path, monkeypatch):
+    settings = config(real=str(folders[0]), fake=str(folders[1]), metrics=('statistics',))
+    write, files = evaluate.write_atomically, []
+
+    def dying(path, text):
+        files.append(path.name)
+        if len(files) == 2:
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(evaluate, 'write_atomically', dying)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(settings, tmp_path / 'out')
+    monkeypatch.undo()
+    evaluate.run(settings, tmp_path / 'out')
+    assert files == ['report.html', 'metrics.json']
+    assert (tmp_path / 'out' / 'metrics.json').exists()
+
+
+def test_draws_without_pairs_are_left_out_of_the_spread():
+    evaluation = figures_of_merit.Evaluation(as_set(REAL), as_set(OTHERS), config(bootstrap=300))
+    values, one, two = np.array([0.2, 0.5, 0.7]), np.array([0, 0, 1]), np.array([1, 2, 2])
+    mean = functools.partial(figures_of_merit._mean_over_pairs, values, one, two)
+    value, spread = evaluation.bootstrap('test', mean, np.arange(3))
+    assert value == pytest.approx(np.mean(values))
+    # All means lie between the values: a draw of one row over and over, which has none, would count as 0.
+    assert 0 < spread < 1.96 * (0.7 - 0.2) / 2
+    assert np.isnan(mean(np.zeros(3, int)))
+
+
 def test_figures_do_not_depend_on_the_order_of_metrics(folders, tmp_path):
     both = []
     for metrics in (('mmd', 'statistics'), ('statistics',)):
@@ -232,7 +263,7 @@ def test_rois_that_vgg16_cannot_see_are_refused(tmp_path):
     small = as_set(REAL[:, :15, :15, :15])
     for metrics in (('privacy',), ('frechet', 'mmd')):
         with pytest.raises(InputError, match='15 x 15 x 15 voxels are too small for VGG16'):
-            evaluate.measure(evaluate.Evaluation(small, small, config(metrics=metrics)))
+            figures_of_merit.measure(figures_of_merit.Evaluation(small, small, config(metrics=metrics)))
 
 
 def damage(folder, content):

@@ -240,6 +240,11 @@ def test_bad_settings_are_told_before_any_training(more, message, folders, tmp_p
     assert printed.count('\n') == 1
 
 
+def test_one_class_is_refused(folders, tmp_path, capsys):
+    assert command(folders, tmp_path / 'out', '--config.classes=("HGG",)') == 2
+    assert 'has one class, HGG; two at least can be told apart' in capsys.readouterr().err
+
+
 def test_a_real_set_without_splits_is_refused(folders, tmp_path, capsys):
     assert command(folders, tmp_path / 'out', f'--config.real={folders / "fake"}') == 2
     assert 'a prepared cohort is needed, for its splits' in capsys.readouterr().err

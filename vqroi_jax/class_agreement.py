@@ -1,12 +1,10 @@
 """Do samples look like their class? A small classifier, trained on real ROIs alone, is asked.
 
 It stands apart from both stages, so that it has not been part of what it judges. `train` fits it to training ROIs;
-`tell` says what it makes of held-out ROIs and samples, and `accuracy` how many were told rightly. Held-out ROIs show
-how far it can be trusted.
+`tell` says what it makes of ROIs; held-out ones show how far it can be trusted.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -138,16 +136,3 @@ def _seen(classes: int) -> Any:
         return jax.tree.map(lambda *of_views: sum(of_views) / len(views), *told)
 
     return seen
-
-
-def accuracy(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
-    """Share of ROIs told rightly: in all as '', and by the name of each class that occurs.
-
-    Args:
-        logits: `[n, classes]`.
-        labels: int `[n]`: the true or intended classes.
-        classes: their names.
-    """
-    right = np.argmax(logits, axis=1) == labels
-    by_class = {classes[number]: float(right[labels == number].mean()) for number in np.unique(labels)}
-    return {'': float(right.mean()), **by_class}

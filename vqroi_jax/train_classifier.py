@@ -7,6 +7,7 @@ it was stopped.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,6 @@ RESULT_FILE = 'result.json'  # of a part
 FORMAT = 1
 FIGURES = ('auc', 'f1', 'accuracy', 'precision', 'recall')
 STAGES = ('pretrain', 'finetune')
-_DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Rois:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
+    @functools.cached_property
     def ids(self) -> tuple[str, ...]:
         """Names of the ROIs."""
         return tuple(self.sets[which].ids[row] for which, row in self.rows)
 
-    @property
+    @functools.cached_property
     def labels(self) -> np.ndarray:
         """int32 [n]."""
         return np.array([self.sets[which].labels[row] for which, row in self.rows], np.int32)
@@ -119,7 +119,7 @@ def check_settings(config: ConfigDict) -> Mesh:
     choices = (
         ('model.depth', config.model.depth, tuple(resnet3d.BLOCKS)),
         ('model.shortcut', config.model.shortcut, resnet3d.SHORTCUTS),
-        ('dtype', config.dtype, tuple(_DTYPES)),
+        ('dtype', config.dtype, ('float32', 'bfloat16')),
     )
     for field, value, known in choices:
         if value not in known:
@@ -153,6 +153,8 @@ def tested_rois(sets: tuple[RoiSet, RoiSet]) -> Rois:
         raise InputError(
             f'config.real={real.path}: a prepared cohort is needed, for its splits; see configs/prepare.py'
         )
+    if len(real.classes) < 2:
+        raise InputError(f'config.real={real.path} has one class, {real.classes[0]}; two at least can be told apart')
     rows = real.among('test')
     for number, label in enumerate(real.classes):
         if (count := np.sum(real.labels[rows] == number)) < 2:
@@ -318,7 +320,7 @@ def train_stage(
     counts = np.maximum(np.bincount(part.train.labels, minlength=classes), 1)
     recipe = classifier.Recipe(
         model=resnet3d.ResNet3D(
-            config.model.depth, classes, config.model.width, config.model.shortcut, _DTYPES[config.dtype]
+            config.model.depth, classes, config.model.width, config.model.shortcut, jnp.dtype(config.dtype)
         ),
         optimizer=optimizers.make_optimizer(settings.optimizer),
         rate=optimizers.cosine_rate(settings.optimizer, steps),

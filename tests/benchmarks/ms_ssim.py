@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-WEIGHTS = np.array((0.0448, 0.2856, 0.3001, 0.2363, 0.1333))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the oracle
 
 
 def volumes_on_disk(folder: Path, number: int, side: int) -> np.ndarray:
@@ -34,22 +34,9 @@ def volumes_on_disk(folder: Path, number: int, side: int) -> np.ndarray:
     return volumes
 
 
-def theirs(x: np.ndarray, y: np.ndarray) -> float:
-    """Five levels of SciPy's Gaussian, and the slip in the product."""
-    similarities, contrasts = [], []
-    for _ in WEIGHTS:
-        mx, my, xx, yy, xy = (ndimage.gaussian_filter(a, 1.5) for a in (x, y, x * x, y * y, x * y))
-        contrast = (2 * (xy - mx * my) + 0.03**2) / (xx - mx * mx + yy - my * my + 0.03**2)
-        contrasts.append(contrast.mean())
-        similarities.append((contrast * (2 * mx * my + 0.01**2) / (mx * mx + my * my + 0.01**2)).mean())
-        x, y = (a.reshape(*[n for side in a.shape for n in (side // 2, 2)]).mean((1, 3, 5)) for a in (x, y))
-    powers = np.maximum(contrasts, 0) ** WEIGHTS
-    return float(np.prod(powers[:-1] * max(similarities[-1], 0) ** WEIGHTS[-1]))
-
-
 def ours(volumes: np.ndarray, pairs: np.ndarray, mode: str) -> np.ndarray:
     """As an evaluation computes it."""
-    from vqroi_jax.evaluate import similarities
+    from vqroi_jax.figures_of_merit import similarities
 
     return similarities(pairs, volumes, volumes, mode, foreground=False)
 
@@ -85,10 +72,12 @@ def main(arguments: list[str]) -> None:
             start = time.perf_counter()
             found[mode] = ours(volumes, pairs, mode)
             rows.append((f'ours, {mode}', (time.perf_counter() - start) / options.pairs))
+        from oracle import scipy_ms_ssim
+
         times, values = [], []
         for one, two in pairs[: options.theirs]:
             start = time.perf_counter()
-            values.append(theirs(volumes[one], volumes[two]))
+            values.append(scipy_ms_ssim.release(volumes[one], volumes[two]))
             times.append(time.perf_counter() - start)
         rows.append(("SciPy, the published evaluation's way", statistics.median(times)))
         apart = np.abs(np.array(values) - found['release'][: options.theirs]).max()

@@ -56,6 +56,16 @@ def test_files_of_any_orientation_come_out_alike(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['fake', 'real']
 
 
+def test_the_identity_covers_voxel_sizes_too(tmp_path):
+    one, other = (
+        write(tmp_path / name, 'a', [image(0), image(1)], affine)
+        for name, affine in (('one', SPACED), ('other', SPACED @ np.diag([2, 2, 2, 1.0])))
+    )
+    for path, again in ((one, other), (one, one)):
+        with open_sets(str(path), str(again), settings(grid='resample'), tmp_path) as (first, second):
+            assert (first.sha256 == second.sha256) == (path == again)
+
+
 def test_each_roi_is_scaled_by_its_own_maximum_if_asked(tmp_path):
     real = write(tmp_path / 'real', 'a', [image(0), image(1)])
     fake = write(tmp_path / 'fake', 'a', [image(0, peak=700.0), image(1, peak=90.0)])

@@ -7,7 +7,8 @@ import pytest
 
 torch = pytest.importorskip('torch', reason='PyTorch is not installed: pip install -e ".[parity]"')
 
-from tests.oracle import torch_resnet3d  # noqa: E402
+from oracle import torch_resnet3d  # noqa: E402
+
 from vqroi_jax.models.resnet3d import BLOCKS, ResNet3D  # noqa: E402
 
 

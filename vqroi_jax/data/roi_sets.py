@@ -7,6 +7,7 @@ the axes of BraTS, and lie in one file that is read piece by piece, so that memo
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -51,7 +52,7 @@ class RoiSet:
         range: smallest and largest intensity of all files before they were scaled.
         patients: [n] the patient of each; the ROI's own name where the source does not say.
         splits: [n] 'train', 'val' or 'test', of a prepared cohort; None of other sources.
-        sha256: of names, classes and voxels.
+        sha256: of names, classes, splits, voxel sizes and voxels.
         facts: what else a reader should know, as lines of text.
     """
 
@@ -104,7 +105,7 @@ def open_sets(real: str, fake: str, settings: ConfigDict, folder: Path) -> Itera
     classes = _common_classes(sources, tuple(settings.classes))
     for source in sources.values():
         source.keep(classes)
-    grid = sources['real'].grid()
+    grid = sources['real'].grid
     if settings.grid == 'same':
         _check_grids(sources, grid)
     voxels = sum(len(source.ids) for source in sources.values()) * math.prod(grid[0])
@@ -155,6 +156,7 @@ class _Source:
         sides = nibabel.affines.voxel_sizes(affine @ orientations.inv_ornt_aff(turn, voxels.shape))
         return to_volume(turned), (float(sides[2]), float(sides[0]), float(sides[1]))
 
+    @functools.cached_property
     def grid(self) -> tuple[tuple[int, ...], tuple[float, float, float]]:
         """Shape and spacing of the first ROI."""
         volume, spacing = self.oriented(0)
@@ -244,7 +246,7 @@ def _common_classes(sources: dict[str, _Source], asked: tuple[str, ...]) -> tupl
 
 def _check_grids(sources: dict[str, _Source], grid: tuple) -> None:
     shape, spacing = grid
-    other_shape, other_spacing = sources['fake'].grid()
+    other_shape, other_spacing = sources['fake'].grid
     if not np.allclose(spacing, other_spacing, rtol=_SPACING_TOLERANCE, atol=0) or shape != other_shape:
         raise InputError(
             f'config.real={sources["real"].path} has ROIs of {_grid_text(shape, spacing)}, '
@@ -272,7 +274,7 @@ class _Raw:
         volumes = np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', np.float32, (len(source.ids), *shape))
         ranges = np.empty((len(volumes), 2))
         rows = tqdm(range(len(volumes)), desc=f'reading {name}', unit='ROI', disable=None)
-        own = source.grid()
+        own = source.grid
         for row in rows:
             volume, there = source.oriented(row)
             if volume.shape != own[0] or not np.allclose(there, own[1], rtol=_SPACING_TOLERANCE, atol=0):
@@ -280,7 +282,9 @@ class _Raw:
                     f'config.{name}={source.path}: {source.ids[row]} has {_grid_text(volume.shape, there)}, '
                     f'{source.ids[0]} {_grid_text(*own)}; a set has one grid'
                 )
-            digest.update(f'{source.ids[row]}\0{source.labels[row]}\0'.encode())
+            split = source.splits[row] if source.splits else ''
+            size = ' '.join(f'{mm:.4f}' for mm in there)
+            digest.update(f'{source.ids[row]}\0{source.labels[row]}\0{split}\0{size}\0'.encode())
             digest.update(np.ascontiguousarray(volume))
             volumes[row] = _on_grid(volume, there, shape, spacing)
             ranges[row] = volume.min(), volume.max()
@@ -304,15 +308,11 @@ def _on_grid(volume: np.ndarray, spacing: Sequence[float], shape: Sequence[int],
         sides = [max(1, round(n * mm / w)) for n, mm, w in zip(volume.shape, spacing, wanted, strict=True)]
         zoom = [side / n for side, n in zip(sides, volume.shape, strict=True)]
         volume = ndimage.zoom(volume, zoom, order=1, mode='nearest', grid_mode=True)
+    missing = [max(target - side, 0) for side, target in zip(volume.shape, shape, strict=True)]
     for axis, (side, target) in enumerate(zip(volume.shape, shape, strict=True)):
         start = max(side - target, 0) // 2
         volume = volume.take(range(start, start + min(side, target)), axis)
-        before = max(target - side, 0) // 2
-        after = max(target - side, 0) - before
-        volume = np.pad(
-            volume, [(before, after) if a == axis else (0, 0) for a in range(3)], constant_values=volume.min()
-        )
-    return volume
+    return np.pad(volume, [(n // 2, n - n // 2) for n in missing], constant_values=volume.min())
 
 
 def _scales(raw: dict[str, _Raw], sources: dict[str, _Source], intensity: str) -> dict[str, np.ndarray]:

@@ -11,11 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vqroi_jax.models.layers import uniform_fan_in
+
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}  # of each stage, by depth
 SHORTCUTS = ('A', 'B')
 
 _kaiming = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 class ResNet3D(nn.Module):
@@ -60,7 +61,7 @@ class ResNet3D(nn.Module):
                     self, x, f'stage_{stage}_block_{block}', kernels, inner, inner * expansion, stride, conv, norm
                 )
         x = jnp.mean(x, axis=(1, 2, 3), dtype=jnp.float32)
-        return nn.Dense(self.classes, kernel_init=_uniform, name='head')(x)
+        return nn.Dense(self.classes, kernel_init=uniform_fan_in, name='head')(x)
 
 
 def _block(net, x, name, kernels, inner, outer, stride, conv, norm) -> jax.Array:
