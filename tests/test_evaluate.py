@@ -216,6 +216,7 @@ def test_draws_without_pairs_are_left_out_of_the_spread():
     # All means lie between the values: a draw of one row over and over, which has none, would count as 0.
     assert 0 < spread < 1.96 * (0.7 - 0.2) / 2
     assert np.isnan(mean(np.zeros(3, int)))
+    assert np.isnan(evaluation.bootstrap('test', lambda rows: np.nan, np.arange(3))[1])
 
 
 def test_figures_do_not_depend_on_the_order_of_metrics(folders, tmp_path):
