@@ -209,8 +209,8 @@ class Evaluation:
     ) -> tuple[float, float]:
         """A statistic of some rows, and 1.96 times its standard deviation when each set of them is drawn anew.
 
-        Draws that it does not exist for, such as one row over and over where pairs are wanted, are left out; where fewer
-        than two are left, the deviation is NaN.
+        Draws that it does not exist for, such as one row over and over where pairs are wanted, are left out; where
+        fewer than two are left, the deviation is NaN.
         """
         rng = self.rng(purpose)
         repeats = self.config.bootstrap if repeats is None else repeats
