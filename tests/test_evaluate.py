@@ -156,7 +156,10 @@ def test_leaves_metrics_with_floors_settings_and_identities(done):
         assert figure['settings']
         assert all(figure[name] is not None for name in ('value', 'floor', 'spread', 'floor_spread')), figure['metric']
     by_class = [f for f in found['figures'] if f['label'] and f['metric'] != 'class agreement']
-    assert {figure['n'] for figure in by_class} == {3}
+    assert {(figure['n'], figure['floor_n']) for figure in by_class} == {(3, 3)}
+    agreement = {f['label']: (f['n'], f['floor_n']) for f in found['figures'] if f['metric'] == 'class agreement'}
+    assert agreement == {'': (6, 6), 'LGG': (3, 3), 'HGG': (3, 3)}
+    assert {(f['n'], f['floor_n']) for f in found['figures'] if f['metric'].startswith('nearest')} == {(6, 12)}
     assert found['config']['pairs'] == 10
     assert not list(done.glob('.volumes*'))
 

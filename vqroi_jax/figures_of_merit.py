@@ -50,7 +50,8 @@ class Figure:
         spread: half the width of its 95 % interval, 1.96 standard deviations over bootstraps of the ROIs.
         floor: the same between real ROIs.
         floor_spread: likewise.
-        n: ROIs on each side.
+        n: synthetic ROIs that it is of.
+        floor_n: real ROIs that the floor is of: as many, but for shares and medians, which do not depend on it.
         better: 'floor' (nearer to it), 'lower' or 'higher'.
         settings: what the value depends on.
     """
@@ -62,6 +63,7 @@ class Figure:
     floor: float
     floor_spread: float
     n: int
+    floor_n: int
     better: str
     settings: str
 
@@ -166,10 +168,18 @@ class Evaluation:
         params = class_agreement.train(volumes, labels, classes, self.config.seed, settings.epochs)
         return tuple(class_agreement.tell(params, part.volumes, classes) for part in (self.real, self.fake))
 
-    def add(self, metric: str, sides: Sides, values: Sequence[tuple[float, float]], better: str, settings: str) -> None:
-        """Adds a figure: of the synthetic side and of the floor, each a value and its spread."""
+    def add(
+        self,
+        metric: str,
+        label: str,
+        values: Sequence[tuple[float, float]],
+        counts: Sequence[int],
+        better: str,
+        settings: str,
+    ) -> None:
+        """Adds a figure: of the synthetic side and of the floor, each a value and its spread, and a number of ROIs."""
         (value, spread), (floor, floor_spread) = values
-        self.figures.append(Figure(metric, sides.label, value, spread, floor, floor_spread, sides.n, better, settings))
+        self.figures.append(Figure(metric, label, value, spread, floor, floor_spread, *counts, better, settings))
 
     def compare(
         self,
@@ -202,7 +212,7 @@ class Evaluation:
             )
             for second, rows in ((fake, sides.fake), (real, sides.other))
         ]
-        self.add(metric, sides, values, 'lower', settings)
+        self.add(metric, sides.label, values, (sides.n, sides.n), 'lower', settings)
 
     def bootstrap(
         self, purpose: str, statistic: Callable[..., float], *rows: np.ndarray, repeats: int | None = None
@@ -281,8 +291,9 @@ def _measure_ms_ssim(evaluation: Evaluation) -> None:
                 values.append(evaluation.bootstrap(f'{mode} {name} {sides.label}', weighted, np.arange(sides.n)))
             evaluation.add(
                 f'MS-SSIM, {mode}',
-                sides,
+                sides.label,
                 values,
+                (sides.n, sides.n),
                 'floor',
                 f'{len(chosen)} pairs within the class, {scales} of 5 scales'
                 + (', foreground only' if config.foreground else '')
@@ -346,7 +357,7 @@ def _measure_mmd(evaluation: Evaluation) -> None:
             ),
         ):
             values = [evaluation.bootstrap(f'{name} {sides.label}', statistic, one, part) for part in (fake, other)]
-            evaluation.add(name, sides, values, 'lower', text)
+            evaluation.add(name, sides.label, values, (n, n), 'lower', text)
 
 
 def _unbiased(kernel: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
@@ -378,7 +389,8 @@ def _measure_frechet(evaluation: Evaluation) -> None:
                 statistic = functools.partial(_unbiased, np.asarray(mmd.cubic_kernel(both, both)))
                 rows = np.arange(len(x)), np.arange(len(x), len(both))
                 values.append(evaluation.bootstrap(f'{metric} {sides.label}', statistic, *rows, repeats=repeats))
-            evaluation.add(metric, sides, values, 'lower', f'{text}, cubic kernel, unbiased, {len(x)} slices')
+            how = f'{text}, cubic kernel, unbiased, {len(x)} slices'
+            evaluation.add(metric, sides.label, values, (sides.n, sides.n), 'lower', how)
 
 
 def _slice_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -405,7 +417,7 @@ def _measure_coverage(evaluation: Evaluation) -> None:
         ]
         for name in found[0]:
             values = [(float(np.mean(side[name])), 1.96 * float(np.std(side[name])) / math.sqrt(n)) for side in found]
-            evaluation.add(name, sides, values, 'higher', f'VGG16 over all planes, {k} neighbours')
+            evaluation.add(name, sides.label, values, (n, n), 'higher', f'VGG16 over all planes, {k} neighbours')
 
 
 def _measure_agreement(evaluation: Evaluation) -> None:
@@ -423,18 +435,13 @@ def _measure_agreement(evaluation: Evaluation) -> None:
         )
     ]
     text = f'a small CNN trained on real ROIs for {evaluation.config.classifier.epochs} epochs; floor: held-out ROIs'
-    everything = Sides('', *[np.arange(min(sum(map(len, side)) for side in right))] * 3)
-    for sides, of_sides in zip(
-        (everything, *evaluation.sides),
-        ([np.concatenate(side) for side in right], *zip(*right, strict=True)),
-        strict=True,
-    ):
+    parts = {'': [np.concatenate(side) for side in right]}
+    parts |= dict(zip(evaluation.real.classes, zip(*right, strict=True), strict=True))
+    for label, of_sides in parts.items():
         shares = [float(np.mean(side)) for side in of_sides]
-        values = [
-            (share, 1.96 * math.sqrt(share * (1 - share) / len(side)))
-            for share, side in zip(shares, of_sides, strict=True)
-        ]
-        evaluation.add('class agreement', sides, values, 'floor', text)
+        counts = [len(side) for side in of_sides]
+        values = [(share, 1.96 * math.sqrt(share * (1 - share) / n)) for share, n in zip(shares, counts, strict=True)]
+        evaluation.add('class agreement', label, values, counts, 'floor', text)
 
 
 def _measure_statistics(evaluation: Evaluation) -> None:
@@ -507,17 +514,17 @@ def _measure_privacy(evaluation: Evaluation) -> None:
         nearest[name] = found.max(axis=1), candidates[np.arange(len(rows)), best], np.sqrt(seen.min(axis=1))
     limits = float(nearest['real'][0].max()), float(nearest['real'][2].min())
     text = f'among {len(training)} real ROIs; MS-SSIM of the {number} nearest in voxels'
-    everything = Sides('', *[np.arange(min(len(nearest['fake'][0]), len(nearest['real'][0])))] * 3)
+    counts = [len(nearest[side][0]) for side in ('fake', 'real')]
     for name, place in (('nearest training ROI, MS-SSIM', 0), ('nearest training ROI, VGG distance', 2)):
         values = [
             evaluation.bootstrap(
                 f'{name} {side}',
                 lambda rows, v=nearest[side][place]: np.median(v[rows]),
-                np.arange(len(nearest[side][0])),
+                np.arange(n),
             )
-            for side in ('fake', 'real')
+            for side, n in zip(('fake', 'real'), counts, strict=True)
         ]
-        evaluation.add(name, everything, values, 'floor', f'median; {text}')
+        evaluation.add(name, '', values, counts, 'floor', f'median; {text}')
     similar, which, far = nearest['fake']
     closer = (similar > limits[0]) | (far < limits[1])
     order = np.lexsort((-similar, ~closer))
