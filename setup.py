@@ -49,6 +49,7 @@ setup(
     extras_require={
         'test': TEST,
         'parity': [*TEST, 'monai>=1.5', 'torch>=2.6'],
+        'convert': ['torch>=2.6'],
         'gpu': ['jax[cuda13]'],
         'tpu': ['jax[tpu]'],
         'notebooks': ['jupyterlab>=4.2'],
