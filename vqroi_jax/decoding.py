@@ -151,9 +151,8 @@ def autoregressive(
     Returns:
         int32 `[B, L]`, each in [0, K).
     """
-    model = model.clone(transposed=True)
     conditions = _conditions(model, labels, codes, sampling)
-    length, block = given.shape[1], Block(model.width, model.heads, dtype=model.dtype, transposed=True)
+    length, block = given.shape[1], Block(model.width, model.heads, dtype=model.dtype)
     empty = jnp.zeros((len(conditions), model.heads, 0, model.width // model.heads), model.dtype)
 
     def one_position(position, carry):

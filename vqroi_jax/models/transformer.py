@@ -30,14 +30,12 @@ class Block(nn.Module):
         heads: of the attention.
         causal: a position sees itself and earlier ones alone; else all.
         dtype: of products and activations; softmax and norms compute in float32.
-        transposed: kernels are [out, in], as `unstack` leaves them.
     """
 
     width: int
     heads: int
     causal: bool = True
     dtype: jnp.dtype = jnp.float32
-    transposed: bool = False
 
     def setup(self):
         """Builds the layers."""
@@ -51,7 +49,7 @@ class Block(nn.Module):
         return self.width // self.heads
 
     def _dense(self, features: int) -> Dense:
-        return Dense(features, self.dtype, _NORMAL, nn.initializers.zeros, transposed=self.transposed)
+        return Dense(features, self.dtype, _NORMAL, nn.initializers.zeros)
 
     def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of `x` `[B, T, width]`, each `[B, T, heads, width / heads]`."""
@@ -102,7 +100,6 @@ class Transformer(nn.Module):
         causal: whether a position sees itself and earlier ones alone.
         remat: what the backward pass computes again, to save memory: 'none' or 'blocks' (a third more time).
         dtype: of products and activations; parameters, softmax, norms' statistics and logits are float32.
-        transposed: kernels are [out, in], as `unstack` leaves them; for `embed` and `logits` alone.
     """
 
     vocabulary: int
@@ -113,7 +110,6 @@ class Transformer(nn.Module):
     causal: bool = True
     remat: str = 'none'
     dtype: jnp.dtype = jnp.float32
-    transposed: bool = False
 
     def setup(self):
         """Builds the blocks with their parameters stacked along a first axis, over which the forward pass loops."""
@@ -124,7 +120,7 @@ class Transformer(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if self.remat == 'blocks' else Block
         self.blocks = block(self.width, self.heads, self.causal, self.dtype)
         self.norm = layer_norm(self.dtype)
-        self.head = Dense(self.vocabulary, self.dtype, _NORMAL, use_bias=False, transposed=self.transposed)
+        self.head = Dense(self.vocabulary, self.dtype, _NORMAL, use_bias=False)
 
     def embed(self, ids: jax.Array, position: jax.Array | int = 0) -> jax.Array:
         """Token ids `[B, T]`, the first at `position`, to `[B, T, W]` of the dtype."""
@@ -153,13 +149,7 @@ def layer_norm(dtype: jnp.dtype) -> nn.LayerNorm:
 
 
 def unstack(params: dict) -> dict:
-    """The parameters as `vqroi_jax.decoding` steps through them.
-
-    `blocks` becomes a list of one dict a layer, and all kernels `[out, in]`, for blocks and a model that are
-    `transposed`.
-    """
+    """The parameters as `vqroi_jax.decoding` steps through them: `blocks` becomes a list of one dict a layer."""
     layers = jax.tree.leaves(params['blocks'])[0].shape[0]
     blocks = [jax.tree.map(lambda p, n=n: p[n], params['blocks']) for n in range(layers)]
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.T if getattr(path[-1], 'key', None) == 'kernel' else leaf, {**params, 'blocks': blocks}
-    )
+    return {**params, 'blocks': blocks}
