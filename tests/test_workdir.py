@@ -22,6 +22,18 @@ with open_workdir(sys.argv[1], ml_collections.ConfigDict({'task': 'prepare'})):
     sys.stdin.read()
 """
 
+COMPILE = """
+import sys, jax, ml_collections
+from vqroi_jax.workdir import open_workdir
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith('/cache_hits') else None)
+with open_workdir(sys.argv[1], ml_collections.ConfigDict({'task': 'prepare'})):
+    with open_workdir(sys.argv[1] + '/stage', ml_collections.ConfigDict({'task': 'prepare'})):
+        jax.jit(lambda x: x * 3)(2.0)
+jax.jit(lambda x: x * 5)(2.0)
+print(len(hits))
+"""
+
 
 def make_config(**changes):
     config = ml_collections.ConfigDict(
@@ -193,3 +205,26 @@ def test_a_run_that_left_nothing_may_be_mended(tmp_path):
 def raise_later(result):
     result.write_text('kept')
     raise InputError('later')
+
+
+def test_programs_are_kept_in_the_outermost_workdir_and_found_again(tmp_path):
+    environment = {**os.environ, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PLATFORMS': 'cpu'}
+    del environment['JAX_COMPILATION_CACHE_DIR']
+    command = [sys.executable, '-c', COMPILE, str(tmp_path)]
+    hits, kept = [], []
+    for _ in range(2):
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        hits.append(int(process.stdout))
+        kept.append(set((tmp_path / 'compiled').rglob('*-cache')))
+    assert hits == [0, 1]
+    assert len(kept[0]) == 1
+    assert kept[1] == kept[0]
+    assert not (tmp_path / 'stage' / 'compiled').exists()
+
+
+def test_compiled_programs_alone_are_no_run(tmp_path):
+    (tmp_path / 'compiled').mkdir()
+    (tmp_path / 'compiled' / 'program').touch()
+    with pytest.raises(InputError), open_workdir(tmp_path, make_config()):
+        raise InputError('a setting')
+    assert not (tmp_path / 'config.json').exists()

@@ -6,8 +6,10 @@ config of an earlier run with `read_config`.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
+import platform
 import shutil
 import socket
 from collections.abc import Iterator
@@ -15,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from vqroi_jax.errors import InputError
 
 CONFIG_FILE = 'config.json'
 LOCK_FILE = '.lock'
+COMPILED_FOLDER = 'compiled'  # programs, so that a run that goes on, or the same one again, does not compile anew
 SHOWN_DIFFERENCES = 8  # fields; more are counted
 
 
@@ -35,7 +39,8 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
 
     The lock is the operating system's, so it is gone when the process is, however it ends. Of several
     processes of one run, only the primary one locks and writes. A run that ends with an `InputError` before it has
-    written anything leaves no config behind.
+    written anything leaves no config behind. Compiled programs are kept in the folder, unless JAX was told where to
+    (JAX_COMPILATION_CACHE_DIR) or an outer workdir is open.
 
     Args:
         workdir: the run's folder, on a local or mounted file system.
@@ -54,7 +59,8 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not is_primary():
-            yield folder
+            with _compiled_in(folder):
+                yield folder
             return
         lock = open(folder / LOCK_FILE, 'a+', encoding='utf-8')  # noqa: SIM115 (closed below)
     except OSError as error:
@@ -63,7 +69,8 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
         _lock(lock, folder)
         _record_config(folder, config)
         try:
-            yield folder
+            with _compiled_in(folder):
+                yield folder
         except InputError:
             _forget_config_of_nothing(folder)
             raise
@@ -126,6 +133,28 @@ def _lock(lock: Any, folder: Path) -> None:
     lock.flush()
 
 
+@contextlib.contextmanager
+def _compiled_in(folder: Path) -> Iterator[None]:
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    jax.config.update('jax_compilation_cache_dir', str(folder.absolute() / COMPILED_FOLDER / _processor()))
+    compilation_cache.reset_cache()  # it opens what the setting names when it is first used
+    try:
+        yield
+    finally:
+        jax.config.update('jax_compilation_cache_dir', None)
+        compilation_cache.reset_cache()
+
+
+def _processor() -> str:
+    """A name for what this machine's processor can do: a program for a CPU may crash on another, and JAX mixes them."""
+    table = Path('/proc/cpuinfo')
+    lines = table.read_text(encoding='utf-8').splitlines() if table.exists() else [platform.processor()]
+    features = sorted({line for line in lines if line.lower().startswith(('model name', 'flags', 'features'))})
+    return f'{platform.machine()}-{hashlib.sha256("".join(features).encode()).hexdigest()[:8]}'
+
+
 def _record_config(folder: Path, config: ConfigDict) -> None:
     path = folder / CONFIG_FILE
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
@@ -153,8 +182,9 @@ def _shown(flat: dict[str, Any], name: str) -> str:
 
 def _forget_config_of_nothing(folder: Path) -> None:
     """Removes the config of a run that ended before it left anything, so that a mended one may begin in its place."""
-    own = {folder / CONFIG_FILE, folder / LOCK_FILE}
-    if not any(path.is_file() and path not in own for path in folder.rglob('*')):
+    own = {CONFIG_FILE, LOCK_FILE, COMPILED_FOLDER}
+    left = (path.relative_to(folder).parts[0] for path in folder.rglob('*') if path.is_file())
+    if own.issuperset(left):
         (folder / CONFIG_FILE).unlink(missing_ok=True)
 
 
