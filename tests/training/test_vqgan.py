@@ -119,7 +119,9 @@ def whole_gradient(recipe, state, batch, noise):
 def test_gradients_equal_the_plain_objective(perceptual_name):
     recipe, state, batch, noise = default_start()
     if perceptual_name == 'vgg16':
-        recipe = vqgan.make_recipe(tiny_config(perceptual='vgg16'), classes=2, steps_per_epoch=10)
+        config = tiny_config(perceptual='vgg16', **{'losses.slices': 1})  # of VGG16's passes few do, and they are slow
+        recipe = vqgan.make_recipe(config, classes=2, steps_per_epoch=10)
+        batch, noise = jax.tree.map(lambda x: x[:2], batch), vqgan.draw_noise(recipe, state.step, 2)
     loss, weight, gradient = jax.jit(functools.partial(plain_losses, recipe))(state, batch, noise)
     fast, _ = default_gradient() if perceptual_name == 'none' else whole_gradient(recipe, state, batch, noise)
     np.testing.assert_allclose(fast.metrics['loss'], loss, rtol=1e-5)
