@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 TEST = [
     'build>=1.2',
     'hypothesis>=6.100',
+    'ipykernel>=6.29',
+    'nbclient>=0.10',
     'pytest>=8.2',
     'pytest-xdist>=3.6',
     'ruff>=0.15,<0.18',

@@ -1,4 +1,4 @@
-"""The demo: that it goes through at smoke size, and (long) that it shows what the README says."""
+"""The demo and the notebooks at smoke size, and (long) that the demo shows what the README says."""
 
 import json
 import pathlib
@@ -6,7 +6,9 @@ import runpy
 import subprocess
 import sys
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from vqroi_jax import demo, evaluate
 from vqroi_jax.training import loop
@@ -25,27 +27,52 @@ def smoke_config(variant='smoke'):
     return config
 
 
-def test_goes_from_phantoms_to_samples_and_what_they_are_worth(tmp_path, capsys):
-    config = smoke_config()
-    demo.run(config, tmp_path)
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """Folder of a finished demo."""
+    folder = tmp_path_factory.mktemp('demo')
+    demo.run(smoke_config(), folder)
+    return folder
+
+
+def test_goes_from_phantoms_to_samples_and_what_they_are_worth(finished, capsys):
+    demo.run(smoke_config(), finished)  # the same command again finds all done, and tells it again
     printed = capsys.readouterr().out
+    assert printed.count('trained to the end') == 2
+    assert '0 of them made now' in printed
     assert 'Reconstructions of held-out phantoms' in printed
     table = [line.split()[0] for line in printed.splitlines() if line and line.split()[0] in ('all', 'HGG', 'LGG')]
     assert table[-3:] == ['all', 'HGG', 'LGG']
     for figure in printed.partition('look at\n')[2].split():
         assert pathlib.Path(figure).exists(), figure
-    assert f'Open {tmp_path / "evaluation" / "report.html"}' in printed
+    assert f'Open {finished / "evaluation" / "report.html"}' in printed
     for figure in ('vqgan/figures/curves.png', 'transformer/figures/curves.png'):
-        assert (tmp_path / figure).exists()
-    found = json.loads((tmp_path / 'evaluation' / evaluate.METRICS_FILE).read_text())
+        assert (finished / figure).exists()
+    found = json.loads((finished / 'evaluation' / evaluate.METRICS_FILE).read_text())
     assert found['fake']['rois'] == {'LGG': 2, 'HGG': 2}
     assert {figure['label'] for figure in found['figures']} == {'', 'LGG', 'HGG'}
 
-    demo.run(config, tmp_path)  # the same command again finds all done
-    again = capsys.readouterr().out
-    assert again.count('trained to the end') == 2
-    assert '0 of them made now' in again
-    assert again.partition('synthetic / real')[2] == printed.partition('synthetic / real')[2]
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'notebooks').glob('*.ipynb')), ids=lambda path: path.stem)
+def test_notebooks_run_from_top_to_bottom(path, finished):
+    notebook = nbformat.read(path, as_version=4)
+    assert not any(cell.get('outputs') for cell in notebook.cells), 'outputs are stripped in the repository'
+    parameters = [cell for cell in notebook.cells if 'parameters' in cell.metadata.get('tags', ())]
+    own = finished.with_name('config.py')
+    own.write_text(
+        f'from vqroi_jax.workdir import read_config\n\ndef get_config():\n    return read_config({str(finished)!r})\n'
+    )
+    values = {
+        'config': str(own),
+        'configs': str(ROOT / 'configs'),
+        'patients': 6,
+        'run': str(finished),
+        'steps': 2,
+        'variant': 'smoke',
+    }
+    known = {name: value for name, value in values.items() if f'\n{name} = ' in f'\n{parameters[0].source}'}
+    parameters[0].source = '\n'.join(f'{name} = {value!r}' for name, value in known.items())
+    NotebookClient(notebook, timeout=600, kernel_name='python3').execute()
 
 
 @pytest.mark.parametrize('variant', ['demo', 'bidirectional'])
