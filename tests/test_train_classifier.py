@@ -210,7 +210,7 @@ def test_a_frozen_run_that_was_resumed_equals_one_that_was_not(transferred, fold
     mesh, cohort = partitioning.make_mesh(1), str(folders / 'cohort')
     with open_sets(cohort, cohort, config, tmp_path) as sets:
         parts = plan(config, 'real_only', 0, sets)
-        start = train_classifier.read_start(config, 'real_only', 2)
+        start = train_classifier.read_start(config, 'real_only')
         arm = config.arms.real_only
         train_classifier.train_stage(config, arm, 0, 'finetune', parts['finetune'], tmp_path / 'run', mesh, start)
     resumed, unbroken = (
@@ -224,7 +224,12 @@ def test_weights_that_know_held_out_patients_or_another_network_are_refused(tran
     _, weights, workdir = transferred
     finetuned = workdir / 'parts' / 'real_only' / 'run_1' / 'finetune'
     start = ['--config.model.hidden=(3,)', f'--config.arms.real_only.weights={finetuned}']
+    unfinished = tmp_path / 'unfinished'
+    shutil.copytree(weights, unfinished)
+    longer = (unfinished / 'config.json').read_text().replace('"duration": "4 steps"', '"duration": "9 steps"')
+    (unfinished / 'config.json').write_text(longer)
     for more, message in (
+        ([f'--config.arms.real_only.weights={unfinished}'], 'is unfinished (step 4 of 9)'),
         (start, 'its weights were learnt from patient'),
         ([*start, '--config.model.width=8'], 'conv/kernel is (7, 7, 7, 1, 4), not (7, 7, 7, 1, 8)'),
         ([*start, '--config.model.layout=medicalnet'], "has model.layout='hara', config.model.layout is 'medicalnet'"),

@@ -42,10 +42,10 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/classifier.py`."""
     with open_workdir(workdir, config) as folder:
         mesh = check_settings(config)
+        arms = [config.baseline, *(name for name in config.arms if name != config.baseline)]
+        starts = {name: read_start(config, name) for name in arms}
         with open_sets(config.real, config.fake or config.real, config, folder) as sets:
             test = tested_rois(sets)
-            arms = [config.baseline, *(name for name in config.arms if name != config.baseline)]
-            starts = {name: read_start(config, name, len(sets[0].classes)) for name in arms}
             parts = {(name, number): plan(config, name, number, sets) for name in arms for number in range(config.runs)}
             for (name, _), run_parts in parts.items():
                 check_disjoint(test, run_parts, starts[name])
@@ -129,14 +129,14 @@ def make_model(config: ConfigDict, classes: int) -> resnet3d.ResNet3D:
     return resnet3d.ResNet3D(classes=classes, dtype=jnp.dtype(config.dtype), **config.model)
 
 
-def read_start(config: ConfigDict, name: str, classes: int) -> transfer.Weights | None:
+def read_start(config: ConfigDict, name: str) -> transfer.Weights | None:
     """What the features of an arm begin with; None: they are drawn.
 
     Raises:
         InputError: its weights cannot be read or are of another network.
     """
     path = config.arms[name].weights
-    return transfer.read(path, make_model(config, classes)) if path else None
+    return transfer.read(path, make_model(config, classes=2)) if path else None  # classes are of the head alone
 
 
 def run_arm(

@@ -67,8 +67,8 @@ def read(path: str, model: ResNet3D) -> Weights:
         )
     params, statistics = from_medicalnet(path, torch_files.read(place), model)
     fact = (
-        f'{path}, weights of MedicalNet. They were learnt from public scans, among them, by its paper, scans of BraTS: '
-        'of a cohort of BraTS they may have seen images of test patients, though not their classes.'
+        f"{path}, weights of MedicalNet, learnt by segmenting scans of public challenges. If the cohort's scans are "
+        'public too, as those of BraTS are, the weights may know images of test patients, though not their classes.'
     )
     return Weights(params, statistics, frozenset(), fact)
 
