@@ -5,17 +5,21 @@
 
 An experiment has arms: what a 3D ResNet is pre-trained on, if at all, and what it is then trained on. Each arm is run
 several times, with disjoint validation sets, and tried on the real test split, which no generator and no arm has seen.
-Leaves `metrics.json` (mean and standard deviation, t-tests against the first arm), `figures/roc.png` and
+Leaves `metrics.json` (mean and standard deviation, t-tests against the baseline), `report.html`, `figures/roc.png` and
 `figures/confusion.png`, and a run's folder for each part. The same command again goes on where it was stopped.
 
 Variants: `experiment1` (default; pre-training on real HGG or synthetic HGG, with synthetic LGG), `experiment2`
-(pre-training on synthetic ROIs alone), `augmentation` (LGG brought to the number of HGG by traditional augmentation)
-and `smoke` (seconds, for tests).
+(pre-training on synthetic ROIs alone), `augmentation` (LGG brought to the number of HGG by traditional augmentation),
+`transfer` (features of an earlier experiment's network are frozen and a new head learns, beside a network from
+scratch), `medicalnet` (the same with a file of MedicalNet's weights) and `smoke` (seconds, for tests):
+
+    --config=configs/classifier.py:transfer --config.arms.frozen.weights=runs/experiment2/parts/synthetic/run_0/pretrain
+    --config=configs/classifier.py:medicalnet --config.arms.frozen.weights=resnet_34.pth
 """
 
 import ml_collections
 
-VARIANTS = ('experiment1', 'experiment2', 'augmentation', 'smoke')
+VARIANTS = ('experiment1', 'experiment2', 'augmentation', 'transfer', 'medicalnet', 'smoke')
 
 
 def get_config(variant: str = 'experiment1') -> ml_collections.ConfigDict:
@@ -40,6 +44,9 @@ def get_config(variant: str = 'experiment1') -> ml_collections.ConfigDict:
     config.model.depth = 50  # 10, 18, 34 or 50
     config.model.width = 64  # channels of its first stage
     config.model.shortcut = 'B'  # or 'A': zeros for the channels that are missing
+    config.model.layout = 'hara'  # strides; or 'medicalnet': its strides and dilations, for its weights
+    config.model.standardise = False  # bring a tumour's voxels to mean 0 and deviation 1 first, as MedicalNet's were
+    config.model.hidden = ()  # widths of the head's hidden layers; empty: one linear layer
     config.gamma = 2.0  # of the focal loss; its alpha is the inverse of a class's share of the ROIs
 
     config.augment = augment = ml_collections.ConfigDict()  # of arms that ask for it, at each step
@@ -53,7 +60,9 @@ def get_config(variant: str = 'experiment1') -> ml_collections.ConfigDict:
 
     # Each arm: classes whose pre-training ROIs are real and synthetic (both empty: no pre-training), how many of each,
     # and how many real ROIs of each class it is then trained on (0: all that there are). Real ROIs for pre-training
-    # are those that are left. `balance` lets ROIs of rarer classes come several times in an epoch.
+    # are those that are left. `balance` lets ROIs of rarer classes come several times in an epoch. `weights` are what
+    # the features begin with, and `frozen` leaves them as they are, so that the head alone learns.
+    config.baseline = 'real_only'  # the arm that others are compared with
     config.arms = ml_collections.ConfigDict()
     if variant == 'experiment1':
         config.arms.real_only = _arm(rois=51)
@@ -63,8 +72,19 @@ def get_config(variant: str = 'experiment1') -> ml_collections.ConfigDict:
         config.arms.real_only = _arm(rois=51)
         config.arms.synthetic = _arm(synthetic=('LGG', 'HGG'), pretrain_rois=250, rois=51)
     if variant == 'augmentation':
+        config.baseline = 'unbalanced'
         config.arms.unbalanced = _arm()
         config.arms.augmented = _arm(augment=True, balance=True)
+    if variant in ('transfer', 'medicalnet'):
+        config.model.hidden = (128,)
+        if variant == 'medicalnet':
+            config.model.depth = 34  # of resnet_34.pth; of 10 and 50 the shortcut is 'B'
+            config.model.shortcut = 'A'
+            config.model.layout = 'medicalnet'
+            config.model.standardise = True
+        config.baseline = 'from_scratch'
+        config.arms.from_scratch = _arm()
+        config.arms.frozen = _arm(frozen=True)
     if variant == 'smoke':
         config.runs = 2
         config.validation = 0.25
@@ -84,6 +104,7 @@ def _arm(
     rois: int = 0,
     augment: bool = False,
     balance: bool = False,
+    frozen: bool = False,
 ) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
@@ -93,6 +114,8 @@ def _arm(
             'rois': rois,  # real ones of each class to train on; 0: all that there are
             'augment': augment,
             'balance': balance,
+            'weights': '',  # folder of a part of an earlier experiment, or a file of MedicalNet; empty: drawn
+            'frozen': frozen,
         }
     )
 

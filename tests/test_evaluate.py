@@ -301,3 +301,22 @@ def test_an_empty_real_roi_is_refused_and_an_empty_synthetic_one_counted(folders
     assert 'HGG/HGG_2.nii.gz is empty' in capsys.readouterr().err
     assert command(tmp_path, folders[0], empty) == 0
     assert '1 of the synthetic ROIs are empty' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('rows', 'message'),
+    [
+        (['LGG/LGG_0.nii.gz,LGG', 'HGG/HGG_0.nii.gz,GBM'], 'real has no ROI of class GBM, only of LGG, HGG'),
+        (['LGG/LGG_0.nii.gz,LGG'], 'fake has no ROI of class HGG, only of LGG'),
+        (['LGG/LGG_0.nii.gz,LGG', 'HGG/none.nii.gz,HGG'], 'none.nii.gz: there is no such file'),
+        (['LGG/LGG_0.nii.gz,LGG', 'HGG/HGG_0.nii.gz'], 'manifest.csv is damaged: row 3 has 1 of 2 columns'),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_told_in_one_line(rows, message, folders, tmp_path, capsys):
+    fake = tmp_path / 'fake'
+    shutil.copytree(folders[1], fake)
+    (fake / 'manifest.csv').write_text('\n'.join(['file,class', *rows, '']))
+    assert command(tmp_path, folders[0], fake) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count('\n') == 1

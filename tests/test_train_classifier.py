@@ -1,18 +1,24 @@
-"""The experiments: which ROI goes where, what is left, resuming, and refusals."""
+"""The experiments as commands: what is left, resuming, and refusals."""
 
 import json
 import pathlib
+import re
 import runpy
+import shutil
 
+import jax
 import nibabel
 import numpy as np
 import pytest
 import scipy.stats
 
-from vqroi_jax import main, prepare, train_classifier
-from vqroi_jax.data.roi_sets import RoiSet
-from vqroi_jax.errors import InputError
+from vqroi_jax import main, prepare, report, train_classifier
+from vqroi_jax.data import samples
+from vqroi_jax.data.roi_sets import open_sets
+from vqroi_jax.experiment import plan
 from vqroi_jax.metrics import classification
+from vqroi_jax.training import classifier, partitioning
+from vqroi_jax.training.checkpoints import read_checkpoint
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
@@ -22,104 +28,6 @@ def experiment(variant='smoke', **changes):
     config.mesh.data = 1
     config.update_from_flattened_dict(changes)
     return config
-
-
-def fake_sets(lgg=20, hgg=60, made=30, test=4):
-    """A real set with splits, two scans of each patient of LGG, and a synthetic one; volumes that nobody reads."""
-
-    def one(counts, splits, patients):
-        labels = np.repeat(np.arange(len(counts)), counts)
-        ids = tuple(f'{i}' for i in range(len(labels)))
-        return RoiSet(
-            'somewhere', ids, labels, ('LGG', 'HGG'), np.zeros((len(labels), 2, 2, 2)), (1, 1, 1), (0, 1),
-            patients or ids, splits, '', ()
-        )  # fmt: skip
-
-    splits = [*['test'] * test, *['train'] * (lgg - test), *['test'] * test, *['train'] * (hgg - test)]
-    patients = [*(f'L{i // 2}' for i in range(lgg)), *(f'H{i}' for i in range(hgg))]
-    return one((lgg, hgg), tuple(splits), tuple(patients)), one((made, made), None, None)
-
-
-def counts(rois):
-    """Number of ROIs by (set, class)."""
-    found = {}
-    for (which, _), label in zip(rois.rows, rois.labels, strict=True):
-        found[int(which), int(label)] = found.get((int(which), int(label)), 0) + 1
-    return found
-
-
-def arm(**changes):
-    config = experiment('experiment1', runs=3, validation=0.2)
-    config.arms.mixed = config.arms.real_hgg_synthetic_lgg
-    config.arms.mixed.update({'pretrain_rois': 20, 'rois': 10, **changes})
-    return config
-
-
-def test_an_arm_gets_the_rois_that_it_asks_for():
-    sets = fake_sets()
-    parts = train_classifier.plan(arm(), 'mixed', 0, sets)
-    assert list(parts) == ['pretrain', 'finetune']
-    assert counts(parts['pretrain'].train) == {(1, 0): 16, (0, 1): 16}
-    assert counts(parts['pretrain'].validation) == {(1, 0): 4, (0, 1): 4}
-    assert counts(parts['finetune'].validation) == {(0, 0): 2, (0, 1): 2}
-    # Second scans of validation patients are left out of training.
-    assert 6 <= counts(parts['finetune'].train)[0, 0] <= 8
-    assert counts(parts['finetune'].train)[0, 1] == 8
-    pretrained = {tuple(row) for part in (parts['pretrain'].train, parts['pretrain'].validation) for row in part.rows}
-    trained = {tuple(row) for part in (parts['finetune'].train, parts['finetune'].validation) for row in part.rows}
-    assert not pretrained & trained
-
-
-def test_validation_sets_are_disjoint_from_run_to_run_and_from_training():
-    sets = fake_sets()
-    plans = [train_classifier.plan(arm(), 'mixed', number, sets) for number in range(3)]
-    test = train_classifier.tested_rois(sets)
-    for stage in ('pretrain', 'finetune'):
-        held = [{tuple(row) for row in parts[stage].validation.rows} for parts in plans]
-        assert len(held[0] | held[1] | held[2]) == sum(map(len, held))
-        pools = [{tuple(row) for row in parts[stage].train.rows} | held[i] for i, parts in enumerate(plans)]
-        for i, parts in enumerate(plans):
-            train_classifier.check_disjoint(test, parts[stage])
-            assert not parts[stage].train.patients & parts[stage].validation.patients
-            assert held[i] <= pools[0] | pools[1] | pools[2]
-    assert {sets[0].splits[row] for _, row in test.rows} == {'test'}
-
-
-def test_balance_repeats_the_rarer_class():
-    sets = fake_sets()
-    config = experiment('augmentation', runs=2, validation=0.25)
-    plain = counts(train_classifier.plan(config, 'unbalanced', 0, sets)['finetune'].train)
-    even = train_classifier.plan(config, 'augmented', 0, sets)['finetune'].train
-    assert plain[0, 0] < plain[0, 1]
-    assert counts(even)[0, 0] == counts(even)[0, 1] == plain[0, 1]
-    assert len({tuple(row) for row in even.rows}) == sum(plain.values())
-
-
-def test_a_patient_on_two_sides_is_found():
-    sets = fake_sets()
-    patients = list(sets[0].patients)
-    patients[-1] = patients[0]  # a training scan of a test patient
-    leaking = RoiSet(**{**vars(sets[0]), 'patients': tuple(patients)}), sets[1]
-    config = arm(pretrain_rois=0, rois=10)
-    parts = train_classifier.plan(config, 'mixed', 0, leaking)
-    test = train_classifier.tested_rois(leaking)
-    leak = next(part for part in parts.values() if patients[0] in part.train.patients | part.validation.patients)
-    with pytest.raises(InputError, match=f'patient {patients[0]} has ROIs in the test split and outside'):
-        train_classifier.check_disjoint(test, leak)
-
-
-@pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        ({'rois': 17}, 'real ROIs of class LGG: 17 wanted, 16 there'),
-        ({'pretrain_rois': 31}, 'pretrain_synthetic ROIs of class LGG: 31 wanted, 30 there'),
-        ({'pretrain_real': ('GBM',)}, "class 'GBM' is none of LGG, HGG"),
-        ({'rois': 2}, '2 ROIs are too few for 3 disjoint validation sets of 1'),
-    ],
-)
-def test_an_arm_that_cannot_be_filled_is_refused(changes, message):
-    with pytest.raises(InputError, match=message):
-        train_classifier.plan(arm(**changes), 'mixed', 0, fake_sets())
 
 
 def result(shift, seed):
@@ -134,7 +42,7 @@ def result(shift, seed):
 
 def test_the_table_has_means_deviations_and_tests():
     results = {'plain': [result(0.3, i) for i in range(3)], 'better': [result(0.6, 10 + i) for i in range(3)]}
-    found = train_classifier.summarise(experiment(runs=3), results, ('LGG', 'HGG'))
+    found = train_classifier.summarise(experiment(runs=3, baseline='plain'), results, ('LGG', 'HGG'))
     for name, runs in results.items():
         values = [run['figures']['accuracy'] for run in runs]
         assert found['arms'][name]['mean']['accuracy'] == pytest.approx(np.mean(values))
@@ -203,6 +111,34 @@ def test_leaves_a_table_figures_and_a_folder_for_each_part(done):
     assert not list(done.glob('.volumes*'))
 
 
+def test_the_report_is_one_page_that_holds_everything(done, folders):
+    page, found = (done / 'report.html').read_text(), json.loads((done / 'metrics.json').read_text())
+    assert page.count('data:image/png;base64,') == 3  # ROC, and a confusion matrix for each arm
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    text = ' '.join(re.sub('<[^>]*>', '', page).split())
+    assert 'Not for clinical use' in text
+    assert f'from{folders / "cohort"}' in text.replace('from ', 'from')
+    assert 'phantoms: drawings, not patients' in text
+    for arm in found['arms'].values():
+        for figure in ('auc', 'f1', 'accuracy', 'precision', 'recall'):
+            assert f'{arm["mean"][figure]:.3f} ± {arm["sd"][figure]:.3f}' in text
+        area = arm['auc_of_averages']['HGG']
+        assert f'{area["value"]:.3f} {area["low"]:.3f} to {area["high"]:.3f}' in text
+    assert text.count('real_only (baseline)') == 1
+    p = found['arms']['synthetic']['p']['auc']
+    assert 'no p: runs agree' in text if p is None else f'p = {report.number(p)}' in text
+    # Of 7 patients each class for training, 2 are kept for validation; the fixture has as many ROIs in each run.
+    assert found['arms']['synthetic']['rois']['pretrain'] == 2 * [
+        {'train': {label: {'synthetic': 3} for label in ('LGG', 'HGG')},
+         'validation': {label: {'synthetic': 1} for label in ('LGG', 'HGG')}}
+    ]  # fmt: skip
+    assert '3 synthetic LGG, 3 synthetic HGG' in text
+    assert '5 real LGG, 5 real HGG' in text
+    assert found['test'] == {'LGG': {'real': 2}, 'HGG': {'real': 2}}
+    for name in ('finetune.batch_size', 'arms.synthetic.pretrain_rois', 'gamma'):
+        assert name in text
+
+
 def test_goes_on_where_it_was_stopped(done, folders, tmp_path, monkeypatch):
     """Killed in the second part: what is done is not done again, and the figures are those of the unbroken run."""
     train_stage, stages = train_classifier.train_stage, []
@@ -221,12 +157,101 @@ def test_goes_on_where_it_was_stopped(done, folders, tmp_path, monkeypatch):
     assert resumed['arms'] == unbroken['arms']
 
 
+@pytest.fixture(scope='module')
+def transferred(done, folders, tmp_path_factory):
+    """An experiment with the frozen features of a part of another, killed in its first training and resumed."""
+    workdir, weights = tmp_path_factory.mktemp('transferred'), done / 'parts' / 'synthetic' / 'run_0' / 'pretrain'
+    config = experiment(real=str(folders / 'cohort'), **{'arms.real_only.frozen': True})
+    config.arms.real_only.weights = str(weights)
+    config.model.hidden = (3,)
+    config.finetune.training.checkpoint_every = '2 steps'
+    del config.arms.synthetic
+    make_train_step, steps = classifier.make_train_step, []
+
+    def dying(*arguments):
+        step = make_train_step(*arguments)
+
+        def one(*state_and_batch):
+            steps.append(len(steps))
+            if len(steps) == 4:
+                raise KeyboardInterrupt
+            return step(*state_and_batch)
+
+        return one
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, 'make_train_step', dying)
+        with pytest.raises(KeyboardInterrupt):
+            train_classifier.run(config, workdir)
+    train_classifier.run(config, workdir)
+    return config, weights, workdir
+
+
+def test_a_frozen_network_keeps_its_features_and_learns_a_new_head(transferred):
+    _, weights, workdir = transferred
+    given = read_checkpoint(weights, ('params', 'statistics'), 'best')[1]
+    for number in range(2):
+        folder = workdir / 'parts' / 'real_only' / f'run_{number}' / 'finetune'
+        step, learnt = read_checkpoint(folder, ('params', 'statistics', 'optimizer'))
+        assert step == 4
+        assert given['params'].keys() - learnt['params'].keys() == set()
+        assert learnt['params'].keys() - given['params'].keys() == {'head_0'}
+        for name in given['params'].keys() - {'head'}:
+            jax.tree.map(np.testing.assert_array_equal, learnt['params'][name], given['params'][name])
+        jax.tree.map(np.testing.assert_array_equal, learnt['statistics'], given['statistics'])
+        first = read_checkpoint(folder, ('params',), 2)[1]['params'] if number == 0 else None
+        assert first is None or np.abs(first['head']['kernel'] - learnt['params']['head']['kernel']).max() > 1e-4
+    found = json.loads((workdir / 'metrics.json').read_text())
+    assert set(found['arms']) == {'real_only'}
+
+
+def test_a_frozen_run_that_was_resumed_equals_one_that_was_not(transferred, folders, tmp_path):
+    config, _, workdir = transferred
+    mesh, cohort = partitioning.make_mesh(1), str(folders / 'cohort')
+    with open_sets(cohort, cohort, config, tmp_path) as sets:
+        parts = plan(config, 'real_only', 0, sets)
+        start = train_classifier.read_start(config, 'real_only')
+        arm = config.arms.real_only
+        train_classifier.train_stage(config, arm, 0, 'finetune', parts['finetune'], tmp_path / 'run', mesh, start)
+    resumed, unbroken = (
+        read_checkpoint(folder, ('params', 'statistics', 'optimizer'))[1]
+        for folder in (workdir / 'parts' / 'real_only' / 'run_0' / 'finetune', tmp_path / 'run')
+    )
+    jax.tree.map(np.testing.assert_array_equal, resumed, unbroken)
+
+
+def test_weights_that_know_held_out_patients_or_another_network_are_refused(transferred, folders, tmp_path, capsys):
+    _, weights, workdir = transferred
+    finetuned = workdir / 'parts' / 'real_only' / 'run_1' / 'finetune'
+    start = ['--config.model.hidden=(3,)', f'--config.arms.real_only.weights={finetuned}']
+    unfinished = tmp_path / 'unfinished'
+    shutil.copytree(weights, unfinished)
+    longer = (unfinished / 'config.json').read_text().replace('"duration": "4 steps"', '"duration": "9 steps"')
+    (unfinished / 'config.json').write_text(longer)
+    for more, message in (
+        ([f'--config.arms.real_only.weights={unfinished}'], 'is unfinished (step 4 of 9)'),
+        (start, 'its weights were learnt from patient'),
+        ([*start, '--config.model.width=8'], 'conv/kernel is (7, 7, 7, 1, 4), not (7, 7, 7, 1, 8)'),
+        ([*start, '--config.model.layout=medicalnet'], "has model.layout='hara', config.model.layout is 'medicalnet'"),
+        ([f'--config.arms.real_only.weights={weights.parents[2]}'], 'holds no run'),
+        (['--config.arms.real_only.frozen=True'], 'config.arms.real_only.weights is empty, but its features are'),
+        (['--config.arms.real_only.weights=none.pth'], 'none.pth is no folder of a part of an experiment'),
+        (['--config.model.layout=ours'], "config.model.layout='ours' is none of hara, medicalnet"),
+        (['--config.model.hidden=(0,)'], 'config.model: 0 among width and hidden; expected whole numbers'),
+    ):
+        assert command(folders, tmp_path / 'out', *more) == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count('\n') == 1
+
+
 @pytest.mark.parametrize(
     ('more', 'message'),
     [
         (['--config.real='], 'config.real is empty'),
         (['--config.fake='], 'the arm synthetic wants synthetic ROIs'),
         (['--config.runs=1'], 'config.runs=1: at least 2'),
+        (['--config.baseline=none'], "config.baseline='none' is none of real_only, synthetic"),
         (['--config.validation=0.6'], 'expected a share above 0 and under 1 / config.runs'),
         (['--config.model.depth=20'], 'config.model.depth=20 is none of 10, 18, 34, 50'),
         (['--config.arms.synthetic.pretrain_rois=50'], 'pretrain_synthetic ROIs of class LGG: 50 wanted, 7 there'),
@@ -238,6 +263,53 @@ def test_bad_settings_are_told_before_any_training(more, message, folders, tmp_p
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count('\n') == 1
+
+
+def keep(folder, labels, number):
+    """Leaves `number` files of each of these classes."""
+    for label in ('LGG', 'HGG'):
+        for path in sorted((folder / label).iterdir())[number if label in labels else 0 :]:
+            path.unlink()
+
+
+def list_in_manifest(folder, **more):
+    """A manifest of the files, and of more by class."""
+    manifest = samples.Manifest(folder / samples.MANIFEST_FILE, [samples.KEY, 'class'])
+    files = [(path.parent.name, path.relative_to(folder).as_posix()) for path in sorted(folder.rglob('*.nii.gz'))]
+    for label, name in (*files, *more.items()):
+        manifest.append({samples.KEY: name, 'class': label})
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'more', 'message'),
+    [
+        (lambda f: keep(f, (), 0), (), 'no NIfTI file (.nii or .nii.gz), and is no prepared cohort'),
+        (lambda f: keep(f, ('LGG',), 1), (), 'has no ROI of class HGG, only of LGG'),
+        (lambda f: keep(f, ('HGG',), 7), (), 'has no ROI of class LGG, only of HGG'),
+        (lambda f: keep(f, ('LGG', 'HGG'), 1), (), 'pretrain_synthetic ROIs of class LGG: 4 wanted, 1 there'),
+        (
+            lambda f: keep(f, ('LGG', 'HGG'), 1),
+            ['--config.arms.synthetic.pretrain_rois=0'],
+            'arm synthetic, pretrain: 1 ROIs are too few for 2 disjoint validation sets of 1 and for training',
+        ),
+        (lambda f: list_in_manifest(f, GBM='LGG/none.nii.gz'), (), 'cohort has no ROI of class GBM, only of LGG, HGG'),
+        (lambda f: list_in_manifest(f, LGG='LGG/none.nii.gz'), (), 'LGG/none.nii.gz: there is no such file'),
+        (
+            lambda f: (f / samples.MANIFEST_FILE).write_text('file,label\nLGG/0.nii.gz,LGG\n'),
+            (),
+            'manifest.csv has no column class',
+        ),
+    ],
+)
+def test_synthetic_rois_that_cannot_be_used_are_told_in_one_line(spoil, more, message, folders, tmp_path, capsys):
+    fake = tmp_path / 'fake'
+    shutil.copytree(folders / 'fake', fake)
+    spoil(fake)
+    assert command(folders, tmp_path / 'out', f'--config.fake={fake}', *more) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count('\n') == 1
+    assert not (tmp_path / 'out' / 'parts').exists()
 
 
 def test_one_class_is_refused(folders, tmp_path, capsys):

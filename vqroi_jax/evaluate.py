@@ -108,18 +108,8 @@ def describe(evaluation: Evaluation) -> dict:
     return {
         'format': FORMAT,
         'config': evaluation.config.to_dict(),
-        **{
-            name: {
-                'path': part.path,
-                'rois': part.counts(),
-                'voxels': list(part.volumes.shape[1:]),
-                'spacing_mm': list(part.spacing),
-                'intensity_range': list(part.range),
-                'sha256': part.sha256,
-                'facts': list(part.facts),
-            }
-            for name, part in (('real', evaluation.real), ('fake', evaluation.fake))
-        },
+        'real': evaluation.real.describe(),
+        'fake': evaluation.fake.describe(),
         'figures': [
             {name: finite(value) for name, value in dataclasses.asdict(figure).items()} for figure in evaluation.figures
         ],

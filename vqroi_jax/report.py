@@ -1,9 +1,12 @@
-"""The page that an evaluation leaves: one HTML file with everything in it, for somebody who does not read JSON."""
+"""The pages that commands leave: each an HTML file with everything in it, for somebody who does not read JSON.
+
+`render` makes that of an evaluation, `render_experiment` that of a classifier experiment.
+"""
 
 import base64
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jinja2
 from matplotlib.figure import Figure
@@ -12,6 +15,8 @@ _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader('vqroi_jax', '.'), autoescape=True, undefined=jinja2.StrictUndefined
 )
 TEMPLATE = 'report.html.jinja'
+EXPERIMENT_TEMPLATE = 'experiment.html.jinja'
+FIGURES = {'auc': 'AUC', 'f1': 'F1', 'accuracy': 'accuracy', 'precision': 'precision', 'recall': 'recall'}
 
 _BETTER = {'floor': 'as near the floor as can be', 'lower': 'lower is better', 'higher': 'higher is better'}
 _MEANINGS = {  # by the beginning of a metric's name: what it says, for a reader who is new to it
@@ -80,10 +85,61 @@ def render(found: Mapping, pictures: Mapping[str, Figure]) -> str:
         found=found,
         labels=labels,
         rows=list(rows.values()),
-        number=number,
         settings=_flat(found['config']),
         pictures={name: _inline(picture) for name, picture in pictures.items()},
     )
+
+
+_ENVIRONMENT.globals['number'] = number
+
+
+def render_experiment(found: Mapping, roc: Figure, confusions: Mapping[str, Figure]) -> str:
+    """The page of an experiment.
+
+    Args:
+        found: what `vqroi_jax.train_classifier` leaves as `metrics.json`.
+        roc: curves of all arms.
+        confusions: the confusion matrix of each arm.
+
+    Returns:
+        HTML that needs no other file.
+    """
+    arms = {
+        name: arm
+        | {
+            'rois': {
+                stage: {side: sizes([run[side] for run in runs]) for side in ('train', 'validation')}
+                for stage, runs in arm['rois'].items()
+            }
+        }
+        for name, arm in found['arms'].items()
+    }
+    sets = [('Real', found['real'])]
+    return _ENVIRONMENT.get_template(EXPERIMENT_TEMPLATE).render(
+        found={**found, 'arms': arms},
+        sets=[*sets, ('Synthetic', found['fake'])] if found['fake'] else sets,
+        figures=FIGURES,
+        stages={'pretrain': 'pre-training', 'finetune': 'training'},
+        test=sizes([found['test']]),
+        roc=_inline(roc),
+        confusions={name: _inline(picture) for name, picture in confusions.items()},
+        settings=_flat(found['config']),
+    )
+
+
+def sizes(runs: Sequence[Mapping[str, Mapping[str, int]]]) -> str:
+    """Numbers of ROIs by class and origin as text: of one run, or the least to the most of several.
+
+    Args:
+        runs: for each, as `vqroi_jax.experiment.counted` gives them; the same kinds in all.
+    """
+    texts = []
+    for label, by_origin in runs[0].items():
+        for origin in by_origin:
+            numbers = [run[label][origin] for run in runs]
+            span = f'{min(numbers)}' + (f' to {max(numbers)}' if max(numbers) > min(numbers) else '')
+            texts.append(f'{span} {origin} {label}')
+    return ', '.join(texts)
 
 
 def _inline(picture: Figure) -> str:

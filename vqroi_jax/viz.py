@@ -332,7 +332,7 @@ def roc(lines: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     axes.plot((0, 1), (0, 1), color=_FAINT, linewidth=0.8, linestyle=':')
     for (name, (wrong, right)), colour in zip(lines.items(), itertools.cycle(_LINES), strict=False):
         area = np.trapezoid(right, wrong)
-        axes.plot(wrong, right, color=colour, linewidth=1.5, label=f'{name}: area {area:.3f}')
+        axes.plot(wrong, right, color=colour, linewidth=1.5, clip_on=False, label=f'{name}: area {area:.3f}')
     axes.set_xlabel('false positive rate')
     axes.set_ylabel('true positive rate')
     axes.set_xlim(0, 1)
@@ -349,7 +349,7 @@ def confusion(counts: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figur
         classes: names.
     """
     side = 0.7 * len(classes) + 0.6
-    page = _Page((side + 1.3) * len(counts) + 0.3, side + 1.4)
+    page = _Page((side + 1.3) * len(counts) + 0.3, side + 1.1)
     for number, (name, matrix) in enumerate(counts.items()):
         axes = page.axes(1.0 + (side + 1.3) * number, 0.5, side, side)
         axes.set_title(name, color=_LIGHT, fontsize=_TEXT, loc='left')

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from vqroi_jax.models.resnet3d import BLOCKS, ResNet3D
+from vqroi_jax.models.resnet3d import BLOCKS, ResNet3D, standardised
 
 
 def shapes(model, side=32):
@@ -47,7 +47,7 @@ def test_one_block_is_its_formula():
         lambda leaf: np.random.default_rng(leaf.size).uniform(0.1, 0.9, leaf.shape).astype(np.float32), shapes(model)
     )
     _, seen = model.apply(variables, volume, capture_intermediates=True)
-    seen = {name: np.asarray(value['__call__'][0]) for name, value in seen['intermediates'].items() if name[0] != '_'}
+    seen = {name: np.asarray(seen['intermediates'][name]['__call__'][0]) for name in variables['params']}
 
     def conv(x, name, stride):
         kernel = variables['params'][name]['kernel']
@@ -71,6 +71,32 @@ def test_one_block_is_its_formula():
     out = np.maximum(hidden + np.pad(x[::2, ::2, ::2], [(0, 0)] * 3 + [(0, 2)]), 0)
     following = conv(out, 'stage_2_block_0_conv_0', 2)
     np.testing.assert_allclose(seen['stage_2_block_0_conv_0'][0], following, rtol=1e-4)
+
+
+def test_medicalnets_layout_keeps_an_eighth_of_the_sides():
+    def features(layout):
+        model = ResNet3D(10, classes=2, width=2, layout=layout, hidden=(5, 3))
+        volume = jnp.zeros((1, 32, 48, 64, 1))
+        variables = jax.eval_shape(model.init, jax.random.key(0), volume)
+        _, seen = jax.eval_shape(lambda v: model.apply(v, volume, mutable=['intermediates']), variables)
+        heads = {name: layer['kernel'].shape for name, layer in variables['params'].items() if 'head' in name}
+        assert heads == {'head_0': (16, 5), 'head_1': (5, 3), 'head': (3, 2)}
+        return seen['intermediates']['features'][0].shape
+
+    assert features('medicalnet') == (1, 4, 6, 8, 16)
+    assert features('hara') == (1, 2, 2, 2, 16)
+
+
+def test_standardised_tumours_have_mean_0_and_deviation_1():
+    volume = np.random.default_rng(0).uniform(-2, 1, (3, 5, 6, 7, 1)).clip(-1).astype(np.float32)
+    volume[1] = -1  # nothing
+    volume[2] = np.where(volume[2] > -1, 0.5, -1)  # without contrast
+    found = np.asarray(standardised(jnp.asarray(volume)))
+    inside = volume[0] > -1
+    expected = (volume[0][inside] - volume[0][inside].mean()) / volume[0][inside].std()
+    np.testing.assert_allclose(found[0][inside], expected, rtol=1e-4, atol=1e-5)
+    assert not found[0][~inside].any()
+    assert not found[1:].any()
 
 
 def _pooled(x):

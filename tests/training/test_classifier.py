@@ -1,11 +1,14 @@
 """The classifier's step: its gradient, its norms over the whole batch, and that it learns."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 import pytest
+import scipy.special
 
 from vqroi_jax.models.resnet3d import ResNet3D
 from vqroi_jax.training import classifier, optimizers, partitioning
@@ -14,7 +17,7 @@ SHAPE = (16, 16, 16)
 AUGMENT = ml_collections.ConfigDict({'flip': True, 'rotation': 20.0, 'scale': 1.2, 'elastic': 0.02})
 
 
-def recipe(rate=1e-2, augment=None, **changes):
+def recipe(rate=1e-2, augment=None, frozen=False, **changes):
     settings = ml_collections.ConfigDict({'b1': 0.9, 'b2': 0.999, 'epsilon': 1e-8, 'clip_value': 0.0})
     return classifier.Recipe(
         model=ResNet3D(10, 2, width=4, **changes),
@@ -24,6 +27,7 @@ def recipe(rate=1e-2, augment=None, **changes):
         gamma=2.0,
         augment=augment,
         seed=0,
+        frozen=frozen,
     )
 
 
@@ -114,6 +118,37 @@ def test_goes_on_from_given_values():
     jax.tree.map(np.testing.assert_array_equal, state.params, start['params'])
     jax.tree.map(np.testing.assert_array_equal, state.statistics, start['statistics'])
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.optimizer))
+
+
+def test_frozen_features_stay_and_the_head_learns_as_if_they_were_given():
+    how, mesh = recipe(frozen=True, hidden=(6,)), partitioning.make_mesh(1)
+    free = dataclasses.replace(how, frozen=False)
+    start = jax.device_get(classifier.create_state(free, SHAPE, mesh))
+    features = {name: layer for name, layer in start.params.items() if not name.startswith('head')}
+    # Statistics of their own, so that it shows whether they or the batch's are used.
+    statistics = jax.tree.map(lambda leaf: 0.8 * leaf, start.statistics)
+    state = classifier.create_state(how, SHAPE, mesh, {'params': features, 'statistics': statistics})
+    assert {leaf.shape for leaf in jax.tree.leaves(state.optimizer)} <= {(), (32, 6), (6,), (6, 2), (2,)}
+    step, rows, before = classifier.make_train_step(how, mesh), batch(), start.params
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)  # drawn by the seed, whatever was given
+
+    _, seen = how.model.apply({'params': before, 'batch_stats': statistics}, rows['volume'], mutable=['intermediates'])
+    pooled = np.mean(seen['intermediates']['features'][0], axis=(1, 2, 3))
+    hidden = np.maximum(pooled @ before['head_0']['kernel'] + before['head_0']['bias'], 0)
+    logits = hidden @ before['head']['kernel'] + before['head']['bias']
+    right = scipy.special.softmax(logits, axis=1)[np.arange(8), rows['label']]
+    expected = np.mean(-np.array([0.7, 1.3])[rows['label']] * (1 - right) ** 2 * np.log(right))
+    losses = []
+    for _ in range(10):
+        state, metrics = step(state, partitioning.put_batch(rows, mesh))
+        losses.append(float(metrics['loss']))
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+    assert losses[-1] < losses[0]
+    after = jax.device_get(state)
+    jax.tree.map(np.testing.assert_array_equal, {name: after.params[name] for name in features}, features)
+    jax.tree.map(np.testing.assert_array_equal, after.statistics, statistics)
+    for name in ('head_0', 'head'):
+        assert np.abs(after.params[name]['kernel'] - before[name]['kernel']).max() > 1e-2
 
 
 def test_bfloat16_keeps_parameters_statistics_and_loss_in_float32_and_near():

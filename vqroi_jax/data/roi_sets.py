@@ -80,6 +80,18 @@ class RoiSet:
         """Number of ROIs by class."""
         return {name: len(self.of(number)) for number, name in enumerate(self.classes)}
 
+    def describe(self) -> dict[str, Any]:
+        """What a reader should know of the set, as JSON has it."""
+        return {
+            'path': self.path,
+            'rois': self.counts(),
+            'voxels': list(self.volumes.shape[1:]),
+            'spacing_mm': list(self.spacing),
+            'intensity_range': list(self.range),
+            'sha256': self.sha256,
+            'facts': list(self.facts),
+        }
+
 
 @contextlib.contextmanager
 def open_sets(real: str, fake: str, settings: ConfigDict, folder: Path) -> Iterator[tuple[RoiSet, RoiSet]]:

@@ -1,4 +1,7 @@
-"""The classifier's training step: augmented ROIs, focal loss, and statistics of batch norms that move along."""
+"""The classifier's training step: augmented ROIs, focal loss, and statistics of batch norms that move along.
+
+Where features are frozen the head alone learns: batch norms are then as in evaluation, and nothing of them moves.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vqroi_jax import augmentation, losses
-from vqroi_jax.models.resnet3d import ResNet3D
+from vqroi_jax.models.resnet3d import ResNet3D, is_head
 from vqroi_jax.training import optimizers, partitioning
 
 Batch = dict[str, jax.Array]
@@ -26,7 +29,7 @@ class ClassifierState:
     step: jax.Array  # int32 []: updates tried
     params: Any  # float32
     statistics: Any  # float32: running means and variances of the batch norms
-    optimizer: optax.OptState
+    optimizer: optax.OptState  # of the parameters that learn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Recipe:
         gamma: its exponent.
         augment: block of `augmentation.draw_change`; None: ROIs as they are.
         seed: of initial values and augmentation.
+        frozen: whether the head alone learns.
     """
 
     model: ResNet3D
@@ -50,6 +54,11 @@ class Recipe:
     gamma: float
     augment: ConfigDict | None
     seed: int
+    frozen: bool = False
+
+    def learning(self, params: Any) -> dict[str, Any]:
+        """Those of the parameters that learn."""
+        return {name: layer for name, layer in params.items() if is_head(name) or not self.frozen}
 
 
 def create_state(recipe: Recipe, roi_size: tuple[int, ...], mesh: Mesh, start: dict | None = None) -> ClassifierState:
@@ -59,7 +68,7 @@ def create_state(recipe: Recipe, roi_size: tuple[int, ...], mesh: Mesh, start: d
         recipe: whose `seed` decides the initial values.
         roi_size: D, H, W.
         mesh: the state is whole on each of its devices.
-        start: `params` and `statistics` to begin with, as NumPy arrays; None: drawn.
+        start: `params` and `statistics` to begin with, as NumPy arrays; layers that it lacks are drawn. None: all are.
     """
     whole = partitioning.replicated(mesh)
 
@@ -67,21 +76,27 @@ def create_state(recipe: Recipe, roi_size: tuple[int, ...], mesh: Mesh, start: d
         return recipe.model.init(key, jnp.zeros((1, *roi_size, 1)))
 
     def create(params, statistics) -> ClassifierState:
-        return ClassifierState(jnp.zeros((), jnp.int32), params, statistics, recipe.optimizer.init(params))
+        optimizer = recipe.optimizer.init(recipe.learning(params))
+        return ClassifierState(jnp.zeros((), jnp.int32), params, statistics, optimizer)
 
-    if start is None:
+    layers = jax.eval_shape(draw, jax.random.key(recipe.seed))['params']
+    if start is None or layers.keys() - start['params'].keys():
         options = partitioning.one_run_options(mesh.devices.flat[0].platform)
         variables = jax.jit(draw, out_shardings=whole, compiler_options=options)(jax.random.key(recipe.seed))
-        start = {'params': variables['params'], 'statistics': variables['batch_stats']}
+        drawn = {'params': variables['params'], 'statistics': variables['batch_stats']}
+        start = {name: layers | (start[name] if start else {}) for name, layers in drawn.items()}
     return jax.jit(create, out_shardings=whole)(start['params'], start['statistics'])
 
 
 def loss_and_metrics(
-    recipe: Recipe, params: Any, statistics: Any, volume: jax.Array, label: jax.Array
+    recipe: Recipe, learning: Any, params: Any, statistics: Any, volume: jax.Array, label: jax.Array
 ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-    """Mean focal loss of a batch in training; and the statistics that it leaves, and metrics."""
-    variables = {'params': params, 'batch_stats': statistics}
-    logits, changed = recipe.model.apply(variables, volume, train=True, mutable='batch_stats')
+    """Mean focal loss of a batch in training; and the statistics that it leaves, and metrics.
+
+    `learning`, those of `params` that learn, are an argument of their own to be differentiated.
+    """
+    variables = {'params': {**params, **learning}, 'batch_stats': statistics}
+    logits, changed = recipe.model.apply(variables, volume, train=not recipe.frozen, mutable='batch_stats')
     loss = jnp.mean(losses.focal(logits, label, jnp.asarray(recipe.alpha), recipe.gamma))
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == label)
     return loss, (changed['batch_stats'], {'loss': loss, 'accuracy': accuracy})
@@ -99,12 +114,13 @@ def make_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[ClassifierState, Ba
             key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(label)))
             volume = augmentation.augment(keys, volume, recipe.augment)
+        learning = recipe.learning(state.params)
         gradient, (statistics, metrics) = jax.grad(loss_and_metrics, argnums=1, has_aux=True)(
-            recipe, state.params, state.statistics, volume, label
+            recipe, learning, state.params, state.statistics, volume, label
         )
         rate = recipe.rate(state.step)
-        updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, state.params)
-        params = optimizers.apply(state.params, updates, rate)
+        updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, learning)
+        params = state.params | optimizers.apply(learning, updates, rate)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics['loss'] + norm)
         before = state.params, state.statistics, state.optimizer

@@ -1,0 +1,168 @@
+"""Which ROI goes where in an experiment."""
+
+import pathlib
+import runpy
+
+import numpy as np
+import pytest
+
+from vqroi_jax import experiment, transfer
+from vqroi_jax.data.roi_sets import RoiSet
+from vqroi_jax.errors import InputError
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+
+
+def settings(variant='smoke', **changes):
+    config = runpy.run_path(str(CONFIGS / 'classifier.py'))['get_config'](variant)
+    config.mesh.data = 1
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def fake_sets(lgg=20, hgg=60, made=30, test=4):
+    """A real set with splits, two scans of each patient of LGG, and a synthetic one; volumes that nobody reads."""
+
+    def one(counts, splits, patients):
+        labels = np.repeat(np.arange(len(counts)), counts)
+        ids = tuple(f'{i}' for i in range(len(labels)))
+        return RoiSet(
+            'somewhere', ids, labels, ('LGG', 'HGG'), np.zeros((len(labels), 2, 2, 2)), (1, 1, 1), (0, 1),
+            patients or ids, splits, '', ()
+        )  # fmt: skip
+
+    splits = [*['test'] * test, *['train'] * (lgg - test), *['test'] * test, *['train'] * (hgg - test)]
+    patients = [*(f'L{i // 2}' for i in range(lgg)), *(f'H{i}' for i in range(hgg))]
+    return one((lgg, hgg), tuple(splits), tuple(patients)), one((made, made), None, None)
+
+
+def counts(rois):
+    """Number of ROIs by (set, class)."""
+    found = {}
+    for (which, _), label in zip(rois.rows, rois.labels, strict=True):
+        found[int(which), int(label)] = found.get((int(which), int(label)), 0) + 1
+    return found
+
+
+def arm(**changes):
+    config = settings('experiment1', runs=3, validation=0.2)
+    config.arms.mixed = config.arms.real_hgg_synthetic_lgg
+    config.arms.mixed.update({'pretrain_rois': 20, 'rois': 10, **changes})
+    return config
+
+
+def test_an_arm_gets_the_rois_that_it_asks_for():
+    sets = fake_sets()
+    parts = experiment.plan(arm(), 'mixed', 0, sets)
+    assert list(parts) == ['pretrain', 'finetune']
+    assert counts(parts['pretrain'].train) == {(1, 0): 16, (0, 1): 16}
+    assert counts(parts['pretrain'].validation) == {(1, 0): 4, (0, 1): 4}
+    assert counts(parts['finetune'].validation) == {(0, 0): 2, (0, 1): 2}
+    # Second scans of validation patients are left out of training.
+    assert 6 <= counts(parts['finetune'].train)[0, 0] <= 8
+    assert counts(parts['finetune'].train)[0, 1] == 8
+    pretrained = {tuple(row) for part in (parts['pretrain'].train, parts['pretrain'].validation) for row in part.rows}
+    trained = {tuple(row) for part in (parts['finetune'].train, parts['finetune'].validation) for row in part.rows}
+    assert not pretrained & trained
+
+
+def test_validation_sets_are_disjoint_from_run_to_run_and_from_training():
+    sets = fake_sets()
+    plans = [experiment.plan(arm(), 'mixed', number, sets) for number in range(3)]
+    test = experiment.tested_rois(sets)
+    for stage in ('pretrain', 'finetune'):
+        held = [{tuple(row) for row in parts[stage].validation.rows} for parts in plans]
+        assert len(held[0] | held[1] | held[2]) == sum(map(len, held))
+        pools = [{tuple(row) for row in parts[stage].train.rows} | held[i] for i, parts in enumerate(plans)]
+        for i, parts in enumerate(plans):
+            experiment.check_disjoint(test, parts)
+            assert not parts[stage].train.patients & parts[stage].validation.patients
+            assert held[i] <= pools[0] | pools[1] | pools[2]
+    assert {sets[0].splits[row] for _, row in test.rows} == {'test'}
+
+
+def test_balance_repeats_the_rarer_class():
+    sets = fake_sets()
+    config = settings('augmentation', runs=2, validation=0.25)
+    plain = counts(experiment.plan(config, 'unbalanced', 0, sets)['finetune'].train)
+    even = experiment.plan(config, 'augmented', 0, sets)['finetune'].train
+    assert plain[0, 0] < plain[0, 1]
+    assert counts(even)[0, 0] == counts(even)[0, 1] == plain[0, 1]
+    assert len({tuple(row) for row in even.rows}) == sum(plain.values())
+
+
+def test_a_class_of_one_patient_is_refused():
+    real, made = fake_sets()
+    patients = tuple('P' if name[0] == 'L' and row >= 4 else name for row, name in enumerate(real.patients))
+    with pytest.raises(InputError, match='finetune: the ROIs of class LGG are of too few patients'):
+        experiment.plan(arm(), 'mixed', 0, (RoiSet(**{**vars(real), 'patients': patients}), made))
+
+
+def test_a_patient_on_two_sides_is_found():
+    sets = fake_sets()
+    patients = list(sets[0].patients)
+    patients[-1] = patients[0]  # a training scan of a test patient
+    leaking = RoiSet(**{**vars(sets[0]), 'patients': tuple(patients)}), sets[1]
+    config = arm(pretrain_rois=0, rois=10)
+    parts = experiment.plan(config, 'mixed', 0, leaking)
+    test = experiment.tested_rois(leaking)
+    assert any(patients[0] in part.train.patients | part.validation.patients for part in parts.values())
+    with pytest.raises(InputError, match=f'patient {patients[0]} has ROIs in the test split and outside'):
+        experiment.check_disjoint(test, parts)
+
+
+def test_pretraining_sees_no_other_scan_of_a_validation_patient():
+    """Each patient of LGG has two scans, of which one may be left for pre-training."""
+    sets, config = (
+        fake_sets(lgg=44),
+        arm(pretrain_real=('LGG', 'HGG'), pretrain_synthetic=(), pretrain_rois=12, rois=20),
+    )
+    leaks = 0
+    for number in range(3):
+        parts = experiment.plan(config, 'mixed', number, sets)
+        held = parts['finetune'].validation.patients
+        pretrained = parts['pretrain'].train.patients | parts['pretrain'].validation.patients
+        assert held
+        assert not held & pretrained
+        assert counts(parts['pretrain'].validation)[0, 0] == round(0.2 * 12)
+        experiment.check_disjoint(experiment.tested_rois(sets), parts)
+        used = {row for _, row in parts['finetune'].train.rows} | {row for _, row in parts['finetune'].validation.rows}
+        free = {patient for row, patient in enumerate(sets[0].patients) if row not in used}
+        leaks += len(held & free)
+    assert leaks  # there was something to keep out
+
+
+def test_pretraining_on_a_validation_patient_is_found():
+    sets = fake_sets()
+    parts = experiment.plan(arm(), 'mixed', 0, sets)
+    rois = parts['pretrain'].train
+    leaking = experiment.Rois('train', sets, np.concatenate([rois.rows, parts['finetune'].validation.rows[:1]]))
+    parts['pretrain'] = experiment.Part(leaking, parts['pretrain'].validation)
+    with pytest.raises(AssertionError):
+        experiment.check_disjoint(experiment.tested_rois(sets), parts)
+
+
+@pytest.mark.parametrize(('side', 'what'), [('test', 'tested'), ('validation', 'validated')])
+def test_given_weights_that_know_a_held_out_patient_are_refused(side, what):
+    sets = fake_sets()
+    parts, test = experiment.plan(arm(), 'mixed', 0, sets), experiment.tested_rois(sets)
+    known = min(test.patients if side == 'test' else parts['finetune'].validation.patients)
+    weights = transfer.Weights({}, {}, frozenset({known}), 'runs/other, step 7')
+    with pytest.raises(InputError, match=f'runs/other, step 7: .*from patient {known}, on whom a run would be {what}'):
+        experiment.check_disjoint(test, parts, weights)
+    others = parts['finetune'].train.patients
+    experiment.check_disjoint(test, parts, transfer.Weights({}, {}, frozenset(others), ''))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'rois': 17}, 'real ROIs of class LGG: 17 wanted, 16 there'),
+        ({'pretrain_rois': 31}, 'pretrain_synthetic ROIs of class LGG: 31 wanted, 30 there'),
+        ({'pretrain_real': ('GBM',)}, "class 'GBM' is none of LGG, HGG"),
+        ({'rois': 2}, '2 ROIs are too few for 3 disjoint validation sets of 1'),
+    ],
+)
+def test_an_arm_that_cannot_be_filled_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        experiment.plan(arm(**changes), 'mixed', 0, fake_sets())

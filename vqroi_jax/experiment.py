@@ -1,0 +1,199 @@
+"""An experiment's ROIs: which of them an arm's stages learn from, are validated on and are tested on.
+
+two sets (data.roi_sets) -> `plan` -> `check_disjoint` -> `train_classifier`
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vqroi_jax import transfer
+from vqroi_jax.data.roi_sets import RoiSet
+from vqroi_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rois:
+    """Some rows of the two sets, as `pipeline.Batches` and `pipeline.eval_batches` read them.
+
+    Attributes:
+        name: of the part that they play.
+        sets: the real and the synthetic set.
+        rows: int [n, 2]: which set, and which of its rows.
+    """
+
+    name: str
+    sets: tuple[RoiSet, RoiSet]
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Names of the ROIs."""
+        return tuple(self.sets[which].ids[row] for which, row in self.rows)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """int32 [n]."""
+        return np.array([self.sets[which].labels[row] for which, row in self.rows], np.int32)
+
+    @property
+    def patients(self) -> set[str]:
+        """Patients of the real ones."""
+        return {self.sets[0].patients[row] for which, row in self.rows if which == 0}
+
+    def load(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """volume float32 [b,D,H,W,1] in [-1, 1], label and index int32 [b]."""
+        volumes = np.stack([self.sets[which].volumes[row] for which, row in self.rows[index]])
+        return {'volume': volumes[..., None], 'label': self.labels[index], 'index': index.astype(np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One stage of one run of an arm: what it learns from and what it is validated on."""
+
+    train: Rois
+    validation: Rois
+
+
+def tested_rois(sets: tuple[RoiSet, RoiSet]) -> Rois:
+    """The test split of the real set.
+
+    Raises:
+        InputError: the real set has no splits, or too few test ROIs of a class.
+    """
+    real = sets[0]
+    if real.splits is None:
+        raise InputError(
+            f'config.real={real.path}: a prepared cohort is needed, for its splits; see configs/prepare.py'
+        )
+    if len(real.classes) < 2:
+        raise InputError(f'config.real={real.path} has one class, {real.classes[0]}; two at least can be told apart')
+    rows = real.among('test')
+    for number, label in enumerate(real.classes):
+        if (count := np.sum(real.labels[rows] == number)) < 2:
+            raise InputError(
+                f'config.real={real.path} has {count} test ROIs of class {label}; at least 2 are needed: prepare the '
+                'cohort with a larger data.split.test'
+            )
+    return Rois('test', sets, _pairs(0, rows))
+
+
+def plan(config: ConfigDict, name: str, number: int, sets: tuple[RoiSet, RoiSet]) -> dict[str, Part]:
+    """The stages of a run of an arm, by name, and what each learns from.
+
+    The real ROIs for training are the same in all runs and in all arms that want as many; those for pre-training are
+    taken from what is left, without other scans of patients that training is validated on. Each stage keeps a share of
+    each class for validation, another in each run.
+
+    Raises:
+        InputError: there are not so many ROIs as the arm wants.
+    """
+    arm, real = config.arms[name], sets[0]
+    for field in ('pretrain_real', 'pretrain_synthetic'):
+        if unknown := [label for label in arm[field] if label not in real.classes]:
+            raise InputError(f'config.arms.{name}.{field}: class {unknown[0]!r} is none of {", ".join(real.classes)}')
+    kept, left, made = [], [], []
+    for label, title in enumerate(real.classes):
+        rng = np.random.default_rng([config.seed, label])
+        there = rng.permutation(np.intersect1d(real.of(label), real.among('train', 'val')))
+        made.append(rng.permutation(sets[1].of(label)))
+        kept.append(_take(there, arm.rois, f'arm {name}: real ROIs of class {title}'))
+        left.append(there[len(kept[-1]) :])
+    finetune = _split(config, f'arm {name}, finetune', number, sets, [_pairs(0, rows) for rows in kept], arm.balance)
+    seen = finetune.validation.patients
+    wanted = []
+    for label, title in enumerate(real.classes):
+        free = np.array([row for row in left[label] if real.patients[row] not in seen], int)
+        for field, which, rows in (('pretrain_real', 0, free), ('pretrain_synthetic', 1, made[label])):
+            if title in arm[field]:
+                rows = _take(rows, arm.pretrain_rois, f'arm {name}: {field} ROIs of class {title}')
+                wanted.append(_pairs(which, rows))
+    if not wanted:
+        return {'finetune': finetune}
+    return {
+        'pretrain': _split(config, f'arm {name}, pretrain', number, sets, wanted, arm.balance),
+        'finetune': finetune,
+    }
+
+
+def _take(rows: np.ndarray, number: int, what: str) -> np.ndarray:
+    if len(rows) < max(number, 1):
+        raise InputError(f'{what}: {number or "some"} wanted, {len(rows)} there')
+    return rows[:number] if number else rows
+
+
+def _pairs(which: int, rows: np.ndarray) -> np.ndarray:
+    return np.stack([np.full(len(rows), which), rows], axis=1)
+
+
+def _split(
+    config: ConfigDict, what: str, number: int, sets: tuple[RoiSet, RoiSet], groups: Sequence[np.ndarray], balance: bool
+) -> Part:
+    """Takes this run's validation ROIs out of each group, and repeats what is left of the smaller ones if asked.
+
+    Other scans of a validation ROI's patient are left out.
+    """
+    train, validation, patients = [], [], np.array(sets[0].patients)
+    for rows in groups:
+        held = max(1, round(config.validation * len(rows)))
+        if held * config.runs >= len(rows):
+            raise InputError(
+                f'{what}: {len(rows)} ROIs are too few for {config.runs} disjoint validation sets of {held} and for '
+                'training'
+            )
+        chosen = slice(number * held, (number + 1) * held)
+        validation.append(rows[chosen])
+        left = np.delete(rows, chosen, axis=0)
+        seen = patients[rows[chosen][rows[chosen][:, 0] == 0, 1]]
+        train.append(np.array([pair for pair in left if pair[0] == 1 or patients[pair[1]] not in seen]))
+        if not len(train[-1]):
+            raise InputError(
+                f'{what}: the ROIs of class {sets[0].classes[sets[rows[0, 0]].labels[rows[0, 1]]]} are of too few '
+                'patients: with those of one for validation, none is left for training'
+            )
+    if balance:
+        most = max(map(len, train))
+        train = [rows[np.arange(most) % len(rows)] for rows in train]
+    return Part(*(Rois(name, sets, np.concatenate(some)) for name, some in (('train', train), ('val', validation))))
+
+
+def check_disjoint(test: Rois, parts: Mapping[str, Part], start: transfer.Weights | None = None) -> None:
+    """Makes sure that no patient whom a run is validated or tested on is one that it has learnt from.
+
+    Args:
+        test: the test ROIs.
+        parts: the run's stages by name.
+        start: weights that the run begins with.
+
+    Raises:
+        InputError: naming one that is.
+    """
+    learnt = start.patients if start else frozenset()
+    for part in parts.values():
+        for rois in (part.train, part.validation):
+            if shared := test.patients & rois.patients:
+                raise InputError(f'patient {min(shared)} has ROIs in the test split and outside of it; prepare it anew')
+        assert not part.train.patients & part.validation.patients
+        assert not {tuple(row) for row in part.train.rows} & {tuple(row) for row in part.validation.rows}
+        assert not part.train.patients & parts['finetune'].validation.patients
+    for rois, what in ((test, 'tested'), (parts['finetune'].validation, 'validated')):
+        if shared := learnt & rois.patients:
+            raise InputError(
+                f'{start.fact}: its weights were learnt from patient {min(shared)}, on whom a run would be {what}; '
+                'take weights that were learnt from other patients, or from synthetic ROIs alone'
+            )
+
+
+def counted(rois: Rois) -> dict[str, dict[str, int]]:
+    """Number of ROIs by class and origin ('real', 'synthetic'), repeated ones counted each time."""
+    found = {}
+    for number, label in enumerate(rois.sets[0].classes):
+        of_set = np.bincount(rois.rows[rois.labels == number, 0], minlength=2)
+        found[label] = {kind: int(n) for kind, n in zip(('real', 'synthetic'), of_set, strict=True) if n}
+    return found
