@@ -15,6 +15,8 @@ from scipy import ndimage
 from vqroi_jax import evaluate, figures_of_merit, main
 from vqroi_jax.data.roi_sets import RoiSet
 from vqroi_jax.errors import InputError
+from vqroi_jax.merit import voxels
+from vqroi_jax.merit.evaluation import Evaluation
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'evaluate.py'
 SIDE = 24
@@ -79,7 +81,7 @@ OTHERS = np.concatenate([balls(label, NUMBER, seed=1) for label in ('LGG', 'HGG'
 def figures(fake, splits=None, metrics=('ms_ssim', 'mmd', 'coverage', 'statistics', 'privacy')):
     """What is found: the evaluation, and its figures by metric and class."""
     settings = config(metrics=metrics, pairs=40, bootstrap=20, neighbours=3)
-    evaluation = figures_of_merit.Evaluation(as_set(REAL, splits), as_set(fake), settings)
+    evaluation = Evaluation(as_set(REAL, splits), as_set(fake), settings)
     figures_of_merit.measure(evaluation)
     return evaluation, {(figure.metric, figure.label): figure for figure in evaluation.figures}
 
@@ -211,9 +213,9 @@ def test_an_evaluation_that_died_before_its_end_is_measured_anew(folders, tmp_pa
 
 
 def test_draws_without_pairs_are_left_out_of_the_spread():
-    evaluation = figures_of_merit.Evaluation(as_set(REAL), as_set(OTHERS), config(bootstrap=300))
+    evaluation = Evaluation(as_set(REAL), as_set(OTHERS), config(bootstrap=300))
     values, one, two = np.array([0.2, 0.5, 0.7]), np.array([0, 0, 1]), np.array([1, 2, 2])
-    mean = functools.partial(figures_of_merit._mean_over_pairs, values, one, two)
+    mean = functools.partial(voxels.mean_over_pairs, values, one, two)
     value, spread = evaluation.bootstrap('test', mean, np.arange(3))
     assert value == pytest.approx(np.mean(values))
     # All means lie between the values: a draw of one row over and over, which has none, would count as 0.
@@ -267,7 +269,7 @@ def test_rois_that_vgg16_cannot_see_are_refused(tmp_path):
     small = as_set(REAL[:, :15, :15, :15])
     for metrics in (('privacy',), ('frechet', 'mmd')):
         with pytest.raises(InputError, match='15 x 15 x 15 voxels are too small for VGG16'):
-            figures_of_merit.measure(figures_of_merit.Evaluation(small, small, config(metrics=metrics)))
+            figures_of_merit.measure(Evaluation(small, small, config(metrics=metrics)))
 
 
 def damage(folder, content):

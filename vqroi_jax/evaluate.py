@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from vqroi_jax import report, viz
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.errors import InputError
-from vqroi_jax.figures_of_merit import GROUPS, SEEN_BY_VGG16, Evaluation, measure
+from vqroi_jax.figures_of_merit import GROUPS, SEEN_BY_VGG16, measure
+from vqroi_jax.merit.evaluation import Evaluation
 from vqroi_jax.models import perceptual
 from vqroi_jax.workdir import open_workdir, write_atomically
 
