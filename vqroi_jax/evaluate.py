@@ -4,6 +4,7 @@ two folders (data.roi_sets) -> figures of merit (figures_of_merit) -> `metrics.j
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.errors import InputError
 from vqroi_jax.figures_of_merit import GROUPS, SEEN_BY_VGG16, measure
 from vqroi_jax.merit.evaluation import Evaluation
-from vqroi_jax.models import perceptual
+from vqroi_jax.models import inception, perceptual
 from vqroi_jax.workdir import open_workdir, write_atomically
 
 METRICS_FILE = 'metrics.json'
@@ -37,30 +38,33 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 def evaluate(config: ConfigDict, folder: Path) -> None:
     """Compares two sets and writes `metrics.json` and `report.html` into an opened workdir.
 
-    Where they are there already, of the same ROIs, they stay.
+    Where they are there already, of the same ROIs and weights, they stay.
 
     Raises:
         InputError: a setting or a set cannot be used.
     """
     check_settings(config)
     with open_sets(config.real, config.fake, config, folder) as (real, fake):
-        if _measured(folder / METRICS_FILE) == {'real': real.sha256, 'fake': fake.sha256}:
-            return
         evaluation = Evaluation(real, fake, config)
+        inputs = describe_inputs(evaluation)
+        if _identities(inputs) == _measured(folder / METRICS_FILE):
+            return
         measure(evaluation)
         _draw(evaluation)
-        found = describe(evaluation)
+        found = inputs | describe(evaluation)
     write_atomically(folder / REPORT_FILE, report.render(found, evaluation.pictures))
     # Last, for it says that all is done.
     write_atomically(folder / METRICS_FILE, json.dumps(found, indent=2, allow_nan=False) + '\n')
 
 
-def _measured(path: Path) -> dict[str, str] | None:
-    """The identities of the sets that a `metrics.json` is about; None if there is none."""
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text(encoding='utf-8'))
-    return {name: found[name]['sha256'] for name in ('real', 'fake')}
+def _measured(path: Path) -> dict[str, str | None] | None:
+    """The identities of what a `metrics.json` was computed from; None if there is none."""
+    return _identities(json.loads(path.read_text(encoding='utf-8'))) if path.exists() else None
+
+
+def _identities(inputs: dict) -> dict[str, str | None]:
+    """By name, the sha256 of each input; None of one that is not used."""
+    return {name: inputs[name] and inputs[name]['sha256'] for name in ('real', 'fake', 'inception')}
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -87,8 +91,13 @@ def check_settings(config: ConfigDict) -> None:
             raise InputError(f'config.{field}={value}: expected at least {least}')
     if config.slices.empty not in ('drop', 'keep'):
         raise InputError(f'config.slices.empty={config.slices.empty!r} is none of drop, keep')
+    # Are they there?
     if {*SEEN_BY_VGG16} & {*config.metrics}:
-        perceptual.load_weights()  # are they there?
+        perceptual.load_weights()
+    if config.inception:
+        if 'frechet' not in config.metrics:
+            raise InputError(f"config.inception={config.inception}: it is for 'frechet', which config.metrics has not")
+        inception.load_weights(config.inception)
 
 
 def _draw(evaluation: Evaluation) -> None:
@@ -100,12 +109,9 @@ def _draw(evaluation: Evaluation) -> None:
         evaluation.pictures[name] = viz.contact_sheet(part.volumes[rows], headings, titles, part.spacing)
 
 
-def describe(evaluation: Evaluation) -> dict:
-    """Everything that was found, as JSON has it: what is not finite is None."""
-
-    def finite(value):
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+def describe_inputs(evaluation: Evaluation) -> dict:
+    """What an evaluation is computed from, as JSON has it."""
+    weights = evaluation.config.inception
     return {
         'format': FORMAT,
         'config': evaluation.config.to_dict(),
@@ -121,6 +127,22 @@ def describe(evaluation: Evaluation) -> dict:
             }
             for name, part in (('real', evaluation.real), ('fake', evaluation.fake))
         },
+        'inception': {'path': weights, 'sha256': _sha256(weights)} if weights else None,
+    }
+
+
+def _sha256(path: str) -> str:
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def describe(evaluation: Evaluation) -> dict:
+    """Everything that was found, as JSON has it: what is not finite is None."""
+
+    def finite(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {
         'figures': [
             {name: finite(value) for name, value in dataclasses.asdict(figure).items()} for figure in evaluation.figures
         ],

@@ -25,6 +25,11 @@ _MEANINGS = {  # by the beginning of a metric's name: what it says, for a reader
         'not FID, which is defined for another network.'
     ),
     'KID-VGG': 'Kernel distance between the same slices; unlike the Fréchet distance it is not biased in small sets.',
+    'FID': (
+        'Fréchet Inception distance, by the network and weights that define it, between slices: axial (A), coronal (C) '
+        'or sagittal (S). It falls with the number of slices, so only figures of as many compare.'
+    ),
+    'KID-Inception': 'Kernel Inception distance between the same slices; it is not biased in small sets.',
     'FD-3D': 'Fréchet distance between volumes, as a classifier of these tumours sees them.',
     'precision': 'Share of synthetic ROIs that lie among real ones.',
     'recall': 'Share of real ROIs that lie among synthetic ones.',
@@ -57,7 +62,7 @@ def render(found: Mapping, pictures: Mapping[str, Figure]) -> str:
     """The page.
 
     Args:
-        found: as `vqroi_jax.evaluate.describe` gives it.
+        found: what `vqroi_jax.evaluate` writes into `metrics.json`.
         pictures: by name; those whose name is a section of the page are in it.
 
     Returns:

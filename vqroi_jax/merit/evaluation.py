@@ -13,11 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure as Picture
 from ml_collections import ConfigDict
 
-from vqroi_jax import class_agreement
+from vqroi_jax import class_agreement, features
 from vqroi_jax.data.roi_sets import RoiSet
-from vqroi_jax.features import PLANES, plane_features
 from vqroi_jax.metrics import mmd
-from vqroi_jax.models import perceptual
 
 _BLOCK = 32  # volumes that distances are computed of together
 
@@ -123,22 +121,26 @@ class Evaluation:
         return mmd.all_squared_distances(first + len(self.fake.labels), load, _BLOCK)
 
     @functools.cached_property
-    def planes(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """VGG16's features [n, slices, features] of the real and the synthetic set, by plane."""
-        settings, weights = self.config.slices, perceptual.load_weights()
+    def seen_by_vgg16(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """VGG16's features: see `seen_by`."""
+        return self.seen_by(features.vgg16())
+
+    def seen_by(self, network: features.Network) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """A network's features [n, slices, features] of the real and the synthetic set, by plane."""
+        settings = self.config.slices
         return {
             plane: tuple(
-                plane_features(part.volumes, plane, settings.number, settings.empty == 'keep', weights)
+                features.plane_features(part.volumes, plane, settings.number, settings.empty == 'keep', network)
                 for part in (self.real, self.fake)
             )
-            for plane in PLANES
+            for plane in features.PLANES
         }
 
     @functools.cached_property
     def overall(self) -> np.ndarray:
         """VGG16's features of ROIs as wholes, real ones first: means over the slices of each plane."""
         return np.concatenate(
-            [np.concatenate([part.mean(axis=1) for part in both]) for both in self.planes.values()], axis=1
+            [np.concatenate([part.mean(axis=1) for part in both]) for both in self.seen_by_vgg16.values()], axis=1
         )
 
     @functools.cached_property

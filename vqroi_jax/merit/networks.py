@@ -2,36 +2,63 @@
 
 import functools
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
+from vqroi_jax import features
 from vqroi_jax.merit.evaluation import Evaluation
 from vqroi_jax.metrics import mmd
 from vqroi_jax.metrics.coverage import precision_recall_density_coverage
 from vqroi_jax.metrics.frechet import frechet_distance
+
+# Names of Fréchet and kernel distances by plane. Only what is taken of Inception-v3's features is called FID.
+BY_VGG16 = {plane: (f'FD-VGG, {plane}', f'KID-VGG, {plane}') for plane in features.PLANES}
+BY_INCEPTION = {plane: (f'FID-{plane[0].upper()}', f'KID-Inception, {plane}') for plane in features.PLANES}
 
 _KID_SLICES = 1000  # of each set; more are drawn from
 
 
 def measure_frechet(evaluation: Evaluation) -> None:
     """How far the distributions of what networks see are apart."""
+    _measure_planes(evaluation, BY_VGG16, 'VGG16 (LPIPS)', evaluation.seen_by_vgg16)
+    if evaluation.config.inception:
+        seen = evaluation.seen_by(features.inception_v3(evaluation.config.inception))
+        _measure_planes(evaluation, BY_INCEPTION, "FID's Inception-v3", seen)
+    if len(evaluation.real.classes) > 1:
+        real, fake = (of_classifier[:, None] for _, of_classifier in evaluation.told)
+        text, repeats = 'features of a 3D classifier trained on real ROIs', evaluation.config.frechet_bootstrap
+        for sides in evaluation.sides:
+            evaluation.compare('FD-3D', sides, _slice_distance, real, fake, text, repeats)
+
+
+def _measure_planes(
+    evaluation: Evaluation,
+    names: Mapping[str, tuple[str, str]],
+    network: str,
+    seen: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> None:
+    """Fréchet and kernel distances of slices in each plane.
+
+    Args:
+        evaluation: that they are added to.
+        names: what the two are called, by plane.
+        network: what the slices were seen by.
+        seen: its features, see `Evaluation.seen_by`.
+    """
     settings, repeats = evaluation.config.slices, evaluation.config.frechet_bootstrap
     where = 'the whole ROI' if settings.empty == 'keep' else "the tumour's extent"
-    text = f'VGG16 (LPIPS), {settings.number} slices of each volume over {where}'
-    compared = [(f'FD-VGG, {plane}', text, *both) for plane, both in evaluation.planes.items()]
-    if len(evaluation.real.classes) > 1:
-        of_classifier = [features[:, None] for _, features in evaluation.told]
-        compared.append(('FD-3D', 'features of a 3D classifier trained on real ROIs', *of_classifier))
-    for metric, how, real, fake in compared:
+    text = f'{network}, {settings.number} slices of each volume over {where}'
+    for plane, (real, fake) in seen.items():
         for sides in evaluation.sides:
-            evaluation.compare(metric, sides, _slice_distance, real, fake, how, repeats)
-    for plane, (real, fake) in evaluation.planes.items():
+            evaluation.compare(names[plane][0], sides, _slice_distance, real, fake, text, repeats)
+    for plane, (real, fake) in seen.items():
         for sides in evaluation.sides:
-            metric = f'KID-VGG, {plane}'
+            metric = names[plane][1]
             x, y, floor = (
-                evaluation.rng(f'{metric} {sides.label}').permutation(_flat(features))[:_KID_SLICES]
-                for features in (real[sides.one], fake[sides.fake], real[sides.other])
+                evaluation.rng(f'{metric} {sides.label}').permutation(_flat(slices))[:_KID_SLICES]
+                for slices in (real[sides.one], fake[sides.fake], real[sides.other])
             )
             values = []
             for second in (y, floor):
@@ -47,9 +74,9 @@ def _slice_distance(x: np.ndarray, y: np.ndarray) -> float:
     return frechet_distance(_flat(x), _flat(y))
 
 
-def _flat(features: np.ndarray) -> np.ndarray:
+def _flat(seen: np.ndarray) -> np.ndarray:
     """Features of slices [n, slices, features] of volumes as one list of them."""
-    return features.reshape(-1, features.shape[-1])
+    return seen.reshape(-1, seen.shape[-1])
 
 
 def measure_coverage(evaluation: Evaluation) -> None:
@@ -58,8 +85,8 @@ def measure_coverage(evaluation: Evaluation) -> None:
     for sides in evaluation.sides:
         k = min(evaluation.config.neighbours, sides.n - 1)
         rows = np.concatenate([sides.one, sides.other, first + sides.fake])
-        features = jnp.asarray(evaluation.overall[rows])
-        distances, n = np.asarray(mmd.squared_distances(features, features)), sides.n
+        overall = jnp.asarray(evaluation.overall[rows])
+        distances, n = np.asarray(mmd.squared_distances(overall, overall)), sides.n
         one, other, fake = slice(0, n), slice(n, 2 * n), slice(2 * n, 3 * n)
         found = [
             precision_recall_density_coverage(distances[one, one], distances[part, part], distances[one, part], k)
