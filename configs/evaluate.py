@@ -30,6 +30,9 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     # 'same': both sides must have voxels of one size and ROIs of one shape; 'resample': the second is brought to the
     # first's.
     config.grid = 'same'
+    # Groups of figures. A further one, 'reconstruction' (L1, PSNR, SSIM, LPIPS), compares each ROI of `fake` with that
+    # of `real` that it was made from, which has the same class and the same file name (without its ending; in a
+    # prepared cohort, the ROI's id). Alone: --config.metrics="('reconstruction',)".
     config.metrics = ('ms_ssim', 'mmd', 'frechet', 'coverage', 'agreement', 'statistics', 'privacy')
 
     config.pairs = 1000  # of ROIs within a class, for MS-SSIM; fewer if there are not so many
@@ -47,7 +50,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     # 'convert'). Empty: without them.
     config.inception = ''
 
-    config.slices = ml_collections.ConfigDict()  # that VGG16 and Inception-v3 see of each ROI
+    config.slices = ml_collections.ConfigDict()  # that VGG16 and Inception-v3 see of each ROI; LPIPS adds up axial ones
     config.slices.number = 16  # along each axis, evenly spaced
     # Slices without tumour: 'drop' spreads them over the tumour's extent along the axis, 'keep' over the whole ROI.
     config.slices.empty = 'drop'

@@ -332,6 +332,11 @@ def command(tmp_path, real, fake, *more):
             ('--config.metrics=("mmd",)', '--config.inception=w.pth'),
             "w.pth: it is for 'frechet', which",
         ),
+        (
+            lambda f, t: (f[0], write(t / 'x', 7, 2)),
+            ('--config.metrics=("mmd", "reconstruction")',),
+            'HGG_6.nii.gz has no pair',
+        ),
         (lambda f, t: f, ('--config.pairs=0',), 'config.pairs=0: expected at least 1'),
         (lambda f, t: f, ('--config.slices.empty=skip',), "'skip' is none of drop, keep"),
         (lambda f, t: f, ('--config.grid=near',), "config.grid='near' is none of same, resample"),

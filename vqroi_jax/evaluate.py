@@ -105,7 +105,7 @@ def _draw(evaluation: Evaluation) -> None:
     for name, part in (('real', evaluation.real), ('synthetic', evaluation.fake)):
         rows = np.concatenate([part.of(number)[:_SHOWN] for number in range(len(part.classes))])
         headings = [f'{part.classes[part.labels[row]]}, {name}' for row in rows]
-        titles = [Path(part.ids[row]).name.removesuffix('.gz').removesuffix('.nii') for row in rows]
+        titles = [part.names[row] for row in rows]
         evaluation.pictures[name] = viz.contact_sheet(part.volumes[rows], headings, titles, part.spacing)
 
 

@@ -87,7 +87,7 @@ def plane_features(volumes: np.ndarray, plane: str, slices: int, keep_empty: boo
     axis, parts = PLANES[plane] - 1, []
     step = max(1, BATCH // slices)
     for start in range(0, len(volumes), step):
-        some = [np.take(v, _places(v, axis, slices, keep_empty), axis) for v in volumes[start : start + step]]
+        some = [np.take(v, places(v, axis, slices, keep_empty), axis) for v in volumes[start : start + step]]
         images = np.moveaxis(np.stack(some), axis + 1, 1)  # [b, slices, rows, columns]
         # Always as many rows, so that one program does for all.
         padded = np.pad(images, [(0, step - len(images)), *[(0, 0)] * 3])
@@ -96,8 +96,18 @@ def plane_features(volumes: np.ndarray, plane: str, slices: int, keep_empty: boo
     return np.concatenate(parts)
 
 
-def _places(volume: np.ndarray, axis: int, slices: int, keep_empty: bool) -> np.ndarray:
-    """Where the slices of a volume [D, H, W] are taken, [slices]."""
+def places(volume: np.ndarray, axis: int, slices: int, keep_empty: bool) -> np.ndarray:
+    """Where evenly spaced slices of a volume lie.
+
+    Args:
+        volume: [D, H, W], background -1.
+        axis: that they are taken along: 0, 1 or 2.
+        slices: how many.
+        keep_empty: see `plane_features`.
+
+    Returns:
+        int [slices].
+    """
     occupied = np.flatnonzero(np.any(volume > -1, axis=tuple(a for a in range(3) if a != axis)))
     whole = keep_empty or not occupied.size
     first, last = (0, volume.shape[axis] - 1) if whole else (occupied[0], occupied[-1])

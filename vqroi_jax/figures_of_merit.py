@@ -1,13 +1,14 @@
 """Figures of merit of one set of ROIs beside another: what `vqroi_jax.evaluate` reports.
 
 `measure` adds to an `Evaluation` the groups of figures that its config asks for; `merit` has a file for each kind of
-them. Each figure has its floor, the same between two halves of the real set, with as many ROIs on every side.
+them. Each figure has its floor, the same between two halves of the real set, with as many ROIs on every side. (Those of
+reconstructions are of pairs, and have their own.)
 """
 
 from tqdm import tqdm
 
 from vqroi_jax.errors import InputError
-from vqroi_jax.merit import networks, privacy, voxels
+from vqroi_jax.merit import networks, privacy, reconstruction, voxels
 from vqroi_jax.merit.evaluation import Evaluation
 from vqroi_jax.models import perceptual
 
@@ -19,8 +20,9 @@ GROUPS = {
     'agreement': networks.measure_agreement,
     'statistics': voxels.measure_statistics,
     'privacy': privacy.measure_privacy,
+    'reconstruction': reconstruction.measure_reconstruction,
 }
-SEEN_BY_VGG16 = ('frechet', 'coverage', 'privacy')
+SEEN_BY_VGG16 = ('frechet', 'coverage', 'privacy', 'reconstruction')
 FEWEST = 4  # real ROIs of a class: two halves of two
 
 
@@ -28,7 +30,7 @@ def measure(evaluation: Evaluation) -> None:
     """Adds the figures that the config asks for.
 
     Raises:
-        InputError: there are too few ROIs of a class, or a real one is empty.
+        InputError: there are too few ROIs of a class, a real one is empty, or a reconstruction has no ROI.
     """
     _check_sizes(evaluation)
     for group in tqdm([name for name in GROUPS if name in evaluation.config.metrics], desc='measuring', disable=None):
@@ -42,12 +44,13 @@ def _check_sizes(evaluation: Evaluation) -> None:
             f'ROIs of {" x ".join(map(str, shape))} voxels are too small for VGG16, which needs {perceptual.SMALLEST} '
             f'along each side; leave {", ".join(sorted(seen))} out of config.metrics'
         )
-    for name, part, least in (('real', evaluation.real, FEWEST), ('fake', evaluation.fake, 2)):
+    halved = set(evaluation.config.metrics) != {'reconstruction'}
+    for name, part, least in (('real', evaluation.real, FEWEST if halved else 2), ('fake', evaluation.fake, 2)):
         for label, count in part.counts().items():
             if count < least:
                 raise InputError(
                     f'config.{name}={part.path} has {count} ROI{"s" * (count != 1)} of class {label}; at least {least} '
-                    'are needed' + (', as they are split in two' if name == 'real' else '')
+                    'are needed' + (', as they are split in two' if name == 'real' and halved else '')
                 )
     constant = [i for i, volume in zip(evaluation.real.ids, evaluation.real.volumes, strict=True) if volume.max() <= -1]
     if constant:
@@ -55,7 +58,9 @@ def _check_sizes(evaluation: Evaluation) -> None:
     empty = sum(bool(volume.max() <= -1) for volume in evaluation.fake.volumes)
     if empty:
         evaluation.notes.append(f'{empty} of the synthetic ROIs are empty')
-    if not evaluation.has_splits:
+    if 'reconstruction' in evaluation.config.metrics:
+        reconstruction.originals(evaluation.real, evaluation.fake)
+    if halved and not evaluation.has_splits:
         evaluation.notes.append(
             'The real set does not say which ROIs were held out from training: the nearest neighbour of a real ROI is '
             'looked for among all others, and the classifier is trained on one half and tried on the other.'

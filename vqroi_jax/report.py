@@ -42,6 +42,10 @@ _MEANINGS = {  # by the beginning of a metric's name: what it says, for a reader
     'tumour volume': 'Kolmogorov-Smirnov distance between the distributions (0: the same, 1: apart).',
     'surface': 'The same of surface to volume: high for ragged or small tumours.',
     'mean intensity': "The same of the tumours' mean intensity.",
+    'reconstruction': (
+        'How near reconstructions are to the ROIs that they were made from. Here the floor is no aim: it is what '
+        'another real ROI of the class would get in their place.'
+    ),
     'nearest': (
         'Privacy: how near the most similar ROI is that a model may have learnt from. Samples nearer than held-out '
         'patients ever are may be copies.'

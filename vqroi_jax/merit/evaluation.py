@@ -205,10 +205,11 @@ class Evaluation:
         """A statistic of some rows, and 1.96 times its standard deviation when each set of them is drawn anew.
 
         Draws that it does not exist for, such as one row over and over where pairs are wanted, are left out; where
-        fewer than two are left, the deviation is NaN.
+        fewer than two are left, or one is infinite, the deviation is NaN.
         """
         rng = self.rng(purpose)
         repeats = self.config.bootstrap if repeats is None else repeats
         drawn = [float(statistic(*(rng.choice(part, len(part)) for part in rows))) for _ in range(repeats)]
         kept = [value for value in drawn if not math.isnan(value)]
-        return float(statistic(*rows)), 1.96 * float(np.std(kept)) if len(kept) > 1 else math.nan
+        known = len(kept) > 1 and np.isfinite(kept).all()
+        return float(statistic(*rows)), 1.96 * float(np.std(kept)) if known else math.nan
