@@ -50,6 +50,13 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     # 'convert'). Empty: without them.
     config.inception = ''
 
+    # Figures from elsewhere, shown in the report as a column beside ours: a JSON file such as
+    #     {"source": "Doe 2024, table 2",
+    #      "figures": [{"metric": "FID-A", "class": "HGG", "value": 12.3, "spread": 0.4}]}
+    # with metrics called as in the report, and classes as here. "class" may be left out, for a figure of all classes,
+    # and "spread", what that source writes after ±. Empty: none.
+    config.published = ''
+
     config.slices = ml_collections.ConfigDict()  # that VGG16 and Inception-v3 see of each ROI; LPIPS adds up axial ones
     config.slices.number = 16  # along each axis, evenly spaced
     # Slices without tumour: 'drop' spreads them over the tumour's extent along the axis, 'keep' over the whole ROI.

@@ -157,6 +157,7 @@ def test_leaves_metrics_with_floors_settings_and_identities(done):
     for start in ('MS-SSIM', 'MMD', 'FD-VGG, axial', 'FD-VGG, coronal', 'FD-VGG, sagittal', 'FD-3D', 'KID', 'density'):
         assert any(metric.startswith(start) for metric in metrics), start
     assert 'class agreement' in metrics
+    assert metrics <= {*evaluate.known_metrics()}
     for figure in found['figures']:
         assert figure['settings']
         assert all(figure[name] is not None for name in ('value', 'floor', 'spread', 'floor_spread')), figure['metric']
@@ -302,6 +303,29 @@ def test_other_weights_of_inception_are_measured_anew(cheap_networks, tmp_path):
     assert identities[2][0] == {'path': str(weights), 'sha256': hashlib.sha256(b'others').hexdigest()}
     assert identities[2][1] > identities[0][1]
     assert 'Fréchet Inception distance' in (out / 'report.html').read_text()
+
+
+def test_a_published_table_stands_beside_ours(folders, tmp_path, capsys):
+    table, (real, fake) = tmp_path / 'table.json', folders
+    volumes = [{'metric': 'tumour volume [mL]', 'class': 'HGG', 'value': 0.123, 'spread': 0.045}]
+    more = ('--config.metrics=("statistics",)', f'--config.published={table}')
+    for figures in (volumes, [*volumes, {'metric': 'FID-A', 'value': 98.7}]):
+        table.write_text(json.dumps({'source': 'Doe & Roe', 'figures': figures}))
+        assert command(tmp_path, real, fake, *more) == 0
+        found = json.loads((tmp_path / 'out' / 'metrics.json').read_text())['published']
+        assert found['source'] == 'Doe & Roe'
+        assert [figure['value'] for figure in found['figures']] == [figure['value'] for figure in figures]
+        assert found['figures'][0]['label'] == 'HGG'
+    page = (tmp_path / 'out' / 'report.html').read_text()
+    rows = re.findall(r'<tr>.*?</tr>', page, re.DOTALL)
+    (volume,) = (row for row in rows if '<b>tumour volume' in row)
+    assert 'data-label="Doe &amp; Roe">HGG 0.123 ± 0.0450</td>' in volume
+    (other,) = (row for row in rows if '<b>FID-A' in row)
+    assert 'not measured here' in other
+    assert '>all 98.7</td>' in other
+    table.write_text(json.dumps({'source': 'Doe', 'figures': [volumes[0] | {'class': 'DIPG'}]}))
+    assert command(tmp_path, real, fake, *more) == 2
+    assert "class 'DIPG' is none of LGG, HGG" in capsys.readouterr().err
 
 
 def test_without_pytorch_inception_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):

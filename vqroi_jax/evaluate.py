@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from vqroi_jax import report, viz
+from vqroi_jax import published, report, viz
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.errors import InputError
-from vqroi_jax.figures_of_merit import GROUPS, SEEN_BY_VGG16, measure
+from vqroi_jax.figures_of_merit import GROUPS, METRICS, SEEN_BY_VGG16, measure
 from vqroi_jax.merit.evaluation import Evaluation
 from vqroi_jax.models import inception, perceptual
 from vqroi_jax.workdir import open_workdir, write_atomically
@@ -38,15 +38,18 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 def evaluate(config: ConfigDict, folder: Path) -> None:
     """Compares two sets and writes `metrics.json` and `report.html` into an opened workdir.
 
-    Where they are there already, of the same ROIs and weights, they stay.
+    Where they are there already, of the same ROIs, weights and published table, they stay.
 
     Raises:
         InputError: a setting or a set cannot be used.
     """
     check_settings(config)
+    table = published.read(config.published, known_metrics()) if config.published else None
     with open_sets(config.real, config.fake, config, folder) as (real, fake):
         evaluation = Evaluation(real, fake, config)
-        inputs = describe_inputs(evaluation)
+        if table:
+            published.check_classes(config.published, table, real.classes)
+        inputs = describe_inputs(evaluation, table)
         if _identities(inputs) == _measured(folder / METRICS_FILE):
             return
         measure(evaluation)
@@ -64,7 +67,7 @@ def _measured(path: Path) -> dict[str, str | None] | None:
 
 def _identities(inputs: dict) -> dict[str, str | None]:
     """By name, the sha256 of each input; None of one that is not used."""
-    return {name: inputs[name] and inputs[name]['sha256'] for name in ('real', 'fake', 'inception')}
+    return {name: inputs[name] and inputs[name]['sha256'] for name in ('real', 'fake', 'inception', 'published')}
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -109,9 +112,19 @@ def _draw(evaluation: Evaluation) -> None:
         evaluation.pictures[name] = viz.contact_sheet(part.volumes[rows], headings, titles, part.spacing)
 
 
-def describe_inputs(evaluation: Evaluation) -> dict:
-    """What an evaluation is computed from, as JSON has it."""
-    weights = evaluation.config.inception
+def known_metrics() -> list[str]:
+    """What the figures of all groups are called."""
+    return [name for names in METRICS.values() for name in names]
+
+
+def describe_inputs(evaluation: Evaluation, table: dict | None) -> dict:
+    """What an evaluation is computed from, as JSON has it.
+
+    Args:
+        evaluation: nothing of which needs to be measured yet.
+        table: of published figures, see `published.read`; None: none.
+    """
+    weights, path = evaluation.config.inception, evaluation.config.published
     return {
         'format': FORMAT,
         'config': evaluation.config.to_dict(),
@@ -128,11 +141,12 @@ def describe_inputs(evaluation: Evaluation) -> dict:
             for name, part in (('real', evaluation.real), ('fake', evaluation.fake))
         },
         'inception': {'path': weights, 'sha256': _sha256(weights)} if weights else None,
+        'published': {'path': path, 'sha256': _sha256(path), **table} if table else None,
     }
 
 
 def _sha256(path: str) -> str:
-    with open(path, 'rb') as file:
+    with open(Path(path).expanduser(), 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 

@@ -22,6 +22,19 @@ GROUPS = {
     'privacy': privacy.measure_privacy,
     'reconstruction': reconstruction.measure_reconstruction,
 }
+METRICS = {  # what each group's figures are called; a set may be too small for some
+    'ms_ssim': (*voxels.MS_SSIM.values(),),
+    'mmd': voxels.MMD,
+    'frechet': (
+        *(name for names in (networks.BY_VGG16, networks.BY_INCEPTION) for both in names.values() for name in both),
+        networks.BY_CLASSIFIER,
+    ),
+    'coverage': networks.COVERAGE,
+    'agreement': (networks.AGREEMENT,),
+    'statistics': voxels.QUANTITIES,
+    'privacy': privacy.NEAREST,
+    'reconstruction': (*reconstruction.FIGURES,),
+}
 SEEN_BY_VGG16 = ('frechet', 'coverage', 'privacy', 'reconstruction')
 FEWEST = 4  # real ROIs of a class: two halves of two
 

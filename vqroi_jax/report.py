@@ -74,17 +74,19 @@ def render(found: Mapping, pictures: Mapping[str, Figure]) -> str:
     """
     labels = list(dict.fromkeys(figure['label'] for figure in found['figures']))
     rows: dict[str, dict] = {}
-    for figure in found['figures']:
-        row = rows.setdefault(
-            figure['metric'],
-            {
-                'metric': figure['metric'],
-                'better': _BETTER[figure['better']],
-                'meaning': next(text for start, text in _MEANINGS.items() if figure['metric'].startswith(start)),
-                'cells': {},
-            },
+
+    def row_of(metric: str) -> dict:
+        meaning = next(text for start, text in _MEANINGS.items() if metric.startswith(start))
+        return rows.setdefault(
+            metric, {'metric': metric, 'better': '', 'meaning': meaning, 'cells': {}, 'published': []}
         )
+
+    for figure in found['figures']:
+        row = row_of(figure['metric'])
+        row['better'] = _BETTER[figure['better']]
         row['cells'][figure['label']] = figure
+    for figure in found['published']['figures'] if found['published'] else ():
+        row_of(figure['metric'])['published'].append(figure)
     return _ENVIRONMENT.get_template(TEMPLATE).render(
         found=found,
         labels=labels,

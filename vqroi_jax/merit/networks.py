@@ -16,6 +16,9 @@ from vqroi_jax.metrics.frechet import frechet_distance
 # Names of Fréchet and kernel distances by plane. Only what is taken of Inception-v3's features is called FID.
 BY_VGG16 = {plane: (f'FD-VGG, {plane}', f'KID-VGG, {plane}') for plane in features.PLANES}
 BY_INCEPTION = {plane: (f'FID-{plane[0].upper()}', f'KID-Inception, {plane}') for plane in features.PLANES}
+BY_CLASSIFIER = 'FD-3D'
+COVERAGE = ('precision', 'recall', 'density', 'coverage')
+AGREEMENT = 'class agreement'
 
 _KID_SLICES = 1000  # of each set; more are drawn from
 
@@ -30,7 +33,7 @@ def measure_frechet(evaluation: Evaluation) -> None:
         real, fake = (of_classifier[:, None] for _, of_classifier in evaluation.told)
         text, repeats = 'features of a 3D classifier trained on real ROIs', evaluation.config.frechet_bootstrap
         for sides in evaluation.sides:
-            evaluation.compare('FD-3D', sides, _slice_distance, real, fake, text, repeats)
+            evaluation.compare(BY_CLASSIFIER, sides, _slice_distance, real, fake, text, repeats)
 
 
 def _measure_planes(
@@ -92,7 +95,7 @@ def measure_coverage(evaluation: Evaluation) -> None:
             precision_recall_density_coverage(distances[one, one], distances[part, part], distances[one, part], k)
             for part in (fake, other)
         ]
-        for name in found[0]:
+        for name in COVERAGE:
             values = [(float(np.mean(side[name])), 1.96 * float(np.std(side[name])) / math.sqrt(n)) for side in found]
             evaluation.add(name, sides.label, values, (n, n), 'higher', f'VGG16 over all planes, {k} neighbours')
 
@@ -118,4 +121,4 @@ def measure_agreement(evaluation: Evaluation) -> None:
         shares = [float(np.mean(side)) for side in of_sides]
         counts = [len(side) for side in of_sides]
         values = [(share, 1.96 * math.sqrt(share * (1 - share) / n)) for share, n in zip(shares, counts, strict=True)]
-        evaluation.add('class agreement', label, values, counts, 'floor', text)
+        evaluation.add(AGREEMENT, label, values, counts, 'floor', text)

@@ -8,7 +8,9 @@ from vqroi_jax.merit.evaluation import Evaluation
 from vqroi_jax.merit.voxels import similarities
 from vqroi_jax.metrics import mmd
 
-_NEAREST = 6  # pairs of neighbours that are shown at least
+NEAREST = ('nearest training ROI, MS-SSIM', 'nearest training ROI, VGG distance')
+
+_SHOWN = 6  # pairs of neighbours at least
 _PICTURED = 24  # and at most
 
 
@@ -37,7 +39,7 @@ def measure_privacy(evaluation: Evaluation) -> None:
     limits = float(nearest['real'][0].max()), float(nearest['real'][2].min())
     text = f'among {len(training)} real ROIs; MS-SSIM of the {number} nearest in voxels'
     counts = [len(nearest[side][0]) for side in ('fake', 'real')]
-    for name, place in (('nearest training ROI, MS-SSIM', 0), ('nearest training ROI, VGG distance', 2)):
+    for name, place in zip(NEAREST, (0, 2), strict=True):
         values = [
             evaluation.bootstrap(
                 f'{name} {side}',
@@ -50,7 +52,7 @@ def measure_privacy(evaluation: Evaluation) -> None:
     similar, which, far = nearest['fake']
     closer = (similar > limits[0]) | (far < limits[1])
     order = np.lexsort((-similar, ~closer))
-    for row in order[: max(int(closer.sum()), _NEAREST)]:
+    for row in order[: max(int(closer.sum()), _SHOWN)]:
         evaluation.neighbours.append(
             {
                 'synthetic': evaluation.fake.ids[row],
@@ -64,7 +66,7 @@ def measure_privacy(evaluation: Evaluation) -> None:
         f'{int(closer.sum())} of {len(similar)} synthetic ROIs are closer to a real one that may have been learnt from '
         f'than any held-out one is (MS-SSIM above {limits[0]:.3f} or VGG distance under {limits[1]:.3g}).'
     )
-    shown = order[: min(max(int(closer.sum()), _NEAREST), _PICTURED)]
+    shown = order[: min(max(int(closer.sum()), _SHOWN), _PICTURED)]
     evaluation.pictures['nearest'] = viz.neighbours(
         evaluation.fake.volumes[shown],
         evaluation.real.volumes[which[shown]],

@@ -18,7 +18,7 @@ from vqroi_jax.metrics import reconstruction
 from vqroi_jax.metrics.ssim import ssim
 from vqroi_jax.models import perceptual
 
-_FIGURES = {  # which is better, and what it is of
+FIGURES = {  # which is better, and what it is of
     'reconstruction, L1': ('lower', 'voxels in [-1, 1]'),
     'reconstruction, PSNR [dB]': ('higher', 'whole ROI, peak 2 for [-1, 1]'),
     'reconstruction, PSNR in the box [dB]': ('higher', "the tumour's box, peak 2 for [-1, 1]"),
@@ -74,13 +74,13 @@ def measure_reconstruction(evaluation: Evaluation) -> None:
             volume = real.volumes[original]
             places = features.places(volume, features.PLANES['axial'] - 1, settings.number, settings.empty == 'keep')
             found.append(jax.device_get(_compare(weights, part.volumes[row], volume, places)))
-        sides.append({name: np.array([values[name] for values in found]) for name in _FIGURES})
+        sides.append({name: np.array([values[name] for values in found]) for name in FIGURES})
     groups = {label: fake.of(number) for number, label in enumerate(fake.classes)}
     if len(groups) > 1:
         groups = {'': np.arange(len(made_from)), **groups}
     where = 'the whole ROI' if settings.empty == 'keep' else "the original's extent"
     scaled = '; each ROI scaled by its own maximum' if evaluation.config.intensity == 'each' else ''
-    for name, (better, text) in _FIGURES.items():
+    for name, (better, text) in FIGURES.items():
         how = f'{text.format(slices=settings.number, where=where)}{scaled}; floor: another real ROI of the class'
         for label, rows in groups.items():
             values = [
@@ -110,4 +110,4 @@ def _compare(weights: Any, other: jax.Array, volume: jax.Array, places: jax.Arra
         ssim(other, volume)[0],
         perceptual.perceptual_loss(perceptual.LPIPS(), weights, other, volume, places[None]),
     )
-    return dict(zip(_FIGURES, found, strict=True))
+    return dict(zip(FIGURES, found, strict=True))

@@ -13,9 +13,12 @@ from vqroi_jax.data.roi_sets import RoiSet
 from vqroi_jax.merit.evaluation import Evaluation
 from vqroi_jax.metrics import mmd, ssim, tumour
 
+MS_SSIM = {mode: f'MS-SSIM, {mode}' for mode in ssim.MODES}
+MMD = ('MMD, linear, by mini-batches', 'MMD, linear, all at once', 'MMD, RBF, squared')
+QUANTITIES = ('tumour volume [mL]', 'surface to volume [1/mm]', 'mean intensity')
+
 _PAIRS = 8  # pairs that are compared together
 _BINS = 32  # of intensities
-_QUANTITIES = ('tumour volume [mL]', 'surface to volume [1/mm]', 'mean intensity')
 
 
 def measure_ms_ssim(evaluation: Evaluation) -> None:
@@ -38,7 +41,7 @@ def measure_ms_ssim(evaluation: Evaluation) -> None:
                 weighted = functools.partial(mean_over_pairs, found, one, two)
                 values.append(evaluation.bootstrap(f'{mode} {name} {sides.label}', weighted, np.arange(sides.n)))
             evaluation.add(
-                f'MS-SSIM, {mode}',
+                MS_SSIM[mode],
                 sides.label,
                 values,
                 (sides.n, sides.n),
@@ -95,15 +98,15 @@ def measure_mmd(evaluation: Evaluation) -> None:
 
         bandwidth = float(mmd.median_bandwidth(distances[: 2 * n, : 2 * n]))
         kernel = np.asarray(mmd.gaussian_kernel(distances, max(bandwidth, 1e-6)))
-        for name, statistic, text in (
-            ('MMD, linear, by mini-batches', by_batches, f'batches of {batch}, {settings.repeats} times, [-1, 1]'),
-            ('MMD, linear, all at once', functools.partial(mmd.linear, distances), 'voxels in [-1, 1], biased'),
+        statistics = (
+            (by_batches, f'batches of {batch}, {settings.repeats} times, [-1, 1]'),
+            (functools.partial(mmd.linear, distances), 'voxels in [-1, 1], biased'),
             (
-                'MMD, RBF, squared',
                 functools.partial(mmd.unbiased_of_rows, kernel),
                 f'voxels, bandwidth {bandwidth:.4g} (median of the real ones), unbiased',
             ),
-        ):
+        )
+        for name, (statistic, text) in zip(MMD, statistics, strict=True):
             values = [evaluation.bootstrap(f'{name} {sides.label}', statistic, one, part) for part in (fake, other)]
             evaluation.add(name, sides.label, values, (n, n), 'lower', text)
 
@@ -111,7 +114,7 @@ def measure_mmd(evaluation: Evaluation) -> None:
 def measure_statistics(evaluation: Evaluation) -> None:
     """What a radiologist would measure, and how its distributions differ."""
     measured = [_measurements(part) for part in (evaluation.real, evaluation.fake)]
-    for name in _QUANTITIES:
+    for name in QUANTITIES:
         real, fake = (quantities[name] for quantities in measured)
         for number, sides in enumerate(evaluation.sides):
             medians = (np.median(real[evaluation.real.of(number)]), np.median(fake[evaluation.fake.of(number)]))
@@ -143,7 +146,7 @@ def _measurements(rois: RoiSet) -> dict[str, np.ndarray]:
         mean = jnp.mean(volume, axis=(1, 2, 3), where=inside)
         # cm² / mL = 1 / cm
         values = (ml, surface / jnp.maximum(ml, 1e-6) / 10, jnp.where(ml > 0, mean, -1.0))
-        return dict(zip(_QUANTITIES, values, strict=True)) | {
+        return dict(zip(QUANTITIES, values, strict=True)) | {
             'histogram': tumour.intensity_histogram(volume, inside, _BINS)
         }
 
