@@ -288,7 +288,7 @@ def by_matrix_root(x, y):
     return np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(sum(covariances) - 2 * root)
 
 
-def test_other_weights_of_inception_are_measured_anew(cheap_networks, tmp_path):
+def test_other_weights_of_inception_are_measured_anew_and_told(cheap_networks, tmp_path, monkeypatch):
     real, fake = (write(tmp_path / name, 4, seed, ('LGG',)) for seed, name in enumerate(('real', 'fake')))
     weights, out = tmp_path / 'w.pth', tmp_path / 'out'
     settings = config(real=str(real), fake=str(fake), metrics=('frechet',), inception=str(weights))
@@ -302,7 +302,13 @@ def test_other_weights_of_inception_are_measured_anew(cheap_networks, tmp_path):
     assert identities[0] == identities[1]
     assert identities[2][0] == {'path': str(weights), 'sha256': hashlib.sha256(b'others').hexdigest()}
     assert identities[2][1] > identities[0][1]
-    assert 'Fréchet Inception distance' in (out / 'report.html').read_text()
+    page = (out / 'report.html').read_text()
+    assert 'Fréchet Inception distance' in page
+    assert 'w.pth is not the file that FID is computed with elsewhere' in page
+    monkeypatch.setattr(evaluate.inception, 'SHA256', hashlib.sha256(b'the known').hexdigest())
+    weights.write_bytes(b'the known')
+    evaluate.run(settings, out)
+    assert 'is not the file' not in (out / 'report.html').read_text()
 
 
 def test_a_published_table_stands_beside_ours(folders, tmp_path, capsys):
@@ -319,7 +325,7 @@ def test_a_published_table_stands_beside_ours(folders, tmp_path, capsys):
     page = (tmp_path / 'out' / 'report.html').read_text()
     rows = re.findall(r'<tr>.*?</tr>', page, re.DOTALL)
     (volume,) = (row for row in rows if '<b>tumour volume' in row)
-    assert 'data-label="Doe &amp; Roe">HGG 0.123 ± 0.0450</td>' in volume
+    assert 'data-label="Doe &amp; Roe">HGG 0.123 ± 0.045</td>' in volume
     (other,) = (row for row in rows if '<b>FID-A' in row)
     assert 'not measured here' in other
     assert '>all 98.7</td>' in other

@@ -52,6 +52,11 @@ def evaluate(config: ConfigDict, folder: Path) -> None:
         inputs = describe_inputs(evaluation, table)
         if _identities(inputs) == _measured(folder / METRICS_FILE):
             return
+        if config.inception and inputs['inception']['sha256'] != inception.SHA256:
+            evaluation.notes.append(
+                f'{config.inception} is not the file that FID is computed with elsewhere (its sha256 is not '
+                f'{inception.SHA256[:8]}…): what is called FID here compares only with figures by the same file.'
+            )
         measure(evaluation)
         _draw(evaluation)
         found = inputs | describe(evaluation)

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqroi_jax import torch_files
 
+SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'  # of the file that FID is computed with
 SIDE = 299  # pixels that images are brought to
 FEATURES = 2048
 
