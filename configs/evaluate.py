@@ -30,19 +30,34 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     # 'same': both sides must have voxels of one size and ROIs of one shape; 'resample': the second is brought to the
     # first's.
     config.grid = 'same'
+    # Groups of figures. A further one, 'reconstruction' (L1, PSNR, SSIM, LPIPS), compares each ROI of `fake` with that
+    # of `real` that it was made from, which has the same class and the same file name (without its ending; in a
+    # prepared cohort, the ROI's id). Alone: --config.metrics="('reconstruction',)".
     config.metrics = ('ms_ssim', 'mmd', 'frechet', 'coverage', 'agreement', 'statistics', 'privacy')
 
     config.pairs = 1000  # of ROIs within a class, for MS-SSIM; fewer if there are not so many
     config.foreground = False  # whether MS-SSIM counts windows around tumour voxels only
     config.bootstrap = 200  # how often ROIs are drawn anew, for intervals
-    config.frechet_bootstrap = 50  # the same for Fréchet distances and KID, which take longer
+    config.frechet_bootstrap = 50  # the same for Fréchet distances and KID, which take longer, FID the longest
     config.neighbours = 5  # that a ball reaches to, for precision, recall, density and coverage
 
     config.mmd = ml_collections.ConfigDict()
     config.mmd.batch = 4  # ROIs of each side in a mini-batch of the linear MMD, which depends on it
     config.mmd.repeats = 10  # how often all ROIs are gone through
 
-    config.slices = ml_collections.ConfigDict()  # that VGG16 sees of each ROI
+    # Weights of FID's Inception-v3 in the file that pytorch-fid downloads, pt_inception-2015-12-05-6726825d.pth; gives
+    # FID and KID-Inception beside the distances by VGG16, as part of 'frechet', and needs PyTorch (the extra
+    # 'convert'). Empty: without them.
+    config.inception = ''
+
+    # Figures from elsewhere, shown in the report as a column beside ours: a JSON file such as
+    #     {"source": "Doe 2024, table 2",
+    #      "figures": [{"metric": "FID-A", "class": "HGG", "value": 12.3, "spread": 0.4}]}
+    # with metrics called as in the report, and classes as here. "class" may be left out, for a figure of all classes,
+    # and "spread", what that source writes after ±. Empty: none.
+    config.published = ''
+
+    config.slices = ml_collections.ConfigDict()  # that VGG16 and Inception-v3 see of each ROI; LPIPS adds up axial ones
     config.slices.number = 16  # along each axis, evenly spaced
     # Slices without tumour: 'drop' spreads them over the tumour's extent along the axis, 'keep' over the whole ROI.
     config.slices.empty = 'drop'

@@ -1,20 +1,25 @@
 """The evaluation: that constructed sets get the figures that they must have, what it leaves, and what it refuses."""
 
+import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import re
 import runpy
 import shutil
+import sys
 
 import nibabel
 import numpy as np
 import pytest
-from scipy import ndimage
+from scipy import linalg, ndimage
 
-from vqroi_jax import evaluate, figures_of_merit, main
+from vqroi_jax import evaluate, features, figures_of_merit, main
 from vqroi_jax.data.roi_sets import RoiSet
 from vqroi_jax.errors import InputError
+from vqroi_jax.merit import voxels
+from vqroi_jax.merit.evaluation import Evaluation
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'evaluate.py'
 SIDE = 24
@@ -79,7 +84,7 @@ OTHERS = np.concatenate([balls(label, NUMBER, seed=1) for label in ('LGG', 'HGG'
 def figures(fake, splits=None, metrics=('ms_ssim', 'mmd', 'coverage', 'statistics', 'privacy')):
     """What is found: the evaluation, and its figures by metric and class."""
     settings = config(metrics=metrics, pairs=40, bootstrap=20, neighbours=3)
-    evaluation = figures_of_merit.Evaluation(as_set(REAL, splits), as_set(fake), settings)
+    evaluation = Evaluation(as_set(REAL, splits), as_set(fake), settings)
     figures_of_merit.measure(evaluation)
     return evaluation, {(figure.metric, figure.label): figure for figure in evaluation.figures}
 
@@ -152,6 +157,7 @@ def test_leaves_metrics_with_floors_settings_and_identities(done):
     for start in ('MS-SSIM', 'MMD', 'FD-VGG, axial', 'FD-VGG, coronal', 'FD-VGG, sagittal', 'FD-3D', 'KID', 'density'):
         assert any(metric.startswith(start) for metric in metrics), start
     assert 'class agreement' in metrics
+    assert metrics <= {*evaluate.known_metrics()}
     for figure in found['figures']:
         assert figure['settings']
         assert all(figure[name] is not None for name in ('value', 'floor', 'spread', 'floor_spread')), figure['metric']
@@ -211,9 +217,9 @@ def test_an_evaluation_that_died_before_its_end_is_measured_anew(folders, tmp_pa
 
 
 def test_draws_without_pairs_are_left_out_of_the_spread():
-    evaluation = figures_of_merit.Evaluation(as_set(REAL), as_set(OTHERS), config(bootstrap=300))
+    evaluation = Evaluation(as_set(REAL), as_set(OTHERS), config(bootstrap=300))
     values, one, two = np.array([0.2, 0.5, 0.7]), np.array([0, 0, 1]), np.array([1, 2, 2])
-    mean = functools.partial(figures_of_merit._mean_over_pairs, values, one, two)
+    mean = functools.partial(voxels.mean_over_pairs, values, one, two)
     value, spread = evaluation.bootstrap('test', mean, np.arange(3))
     assert value == pytest.approx(np.mean(values))
     # All means lie between the values: a draw of one row over and over, which has none, would count as 0.
@@ -230,6 +236,108 @@ def test_figures_do_not_depend_on_the_order_of_metrics(folders, tmp_path):
         found = json.loads((workdir / 'metrics.json').read_text())['figures']
         both.append([figure for figure in found if not figure['metric'].startswith('MMD')])
     assert both[0] == both[1]
+
+
+def corners(weights, slices):
+    """A cheap network: the means of a slice's quarters."""
+    n, rows, columns = slices.shape
+    return slices.reshape(n, 2, rows // 2, 2, columns // 2).mean(axis=(2, 4)).reshape(n, 4) * weights
+
+
+@pytest.fixture
+def cheap_networks(monkeypatch):
+    """In place of VGG16 and of Inception-v3, whose weights a file has that is not looked into."""
+    monkeypatch.setattr(features, 'vgg16', lambda: features.Network(corners, 1.0))
+    monkeypatch.setattr(features, 'inception_v3', lambda path: features.Network(corners, 10.0))
+    monkeypatch.setattr(evaluate.inception, 'load_weights', lambda path: {})
+
+
+def test_fid_is_of_inception_alone_and_of_the_planes_it_names(cheap_networks):
+    real, fake = (
+        dataclasses.replace(as_set(part), labels=np.zeros(len(part), int), classes=('LGG',)) for part in (REAL, OTHERS)
+    )
+    settings = config(metrics=('frechet',), inception='w.pth')
+    evaluation = Evaluation(real, fake, settings)
+    figures_of_merit.measure(evaluation)
+    found = {figure.metric: figure for figure in evaluation.figures}
+    (sides,) = evaluation.sides
+    for number, (plane, axis) in enumerate((('axial', 1), ('coronal', 3), ('sagittal', 2))):
+        seen = []
+        for part, rows in ((real, sides.one), (fake, sides.fake), (real, sides.other)):
+            taken = []
+            for volume in part.volumes[rows]:
+                extent = np.flatnonzero(np.max(volume, axis=tuple(a for a in range(3) if a != axis - 1)) > -1)
+                places = extent[0] + (np.array([0.25, 0.75]) * (extent[-1] - extent[0] + 1)).astype(int)
+                taken += [np.take(volume, place, axis - 1) for place in places]
+            quarters = [[s[:12, :12].mean(), s[:12, 12:].mean(), s[12:, :12].mean(), s[12:, 12:].mean()] for s in taken]
+            seen.append(np.array(quarters))
+        expected = [by_matrix_root(seen[0], seen[1]), by_matrix_root(seen[0], seen[2])]
+        for name, scale in ((f'FD-VGG, {plane}', 1), (f'FID-{"ACS"[number]}', 100)):
+            figure = found.pop(name)
+            np.testing.assert_allclose([figure.value, figure.floor], np.multiply(expected, scale), rtol=1e-3)
+            assert ('Inception' in figure.settings) == name.startswith('FID')
+            assert ('VGG16' in figure.settings) == name.startswith('FD-VGG')
+    assert {*found} == {
+        f'KID-{network}, {p}' for network in ('VGG', 'Inception') for p in ('axial', 'coronal', 'sagittal')
+    }
+
+
+def by_matrix_root(x, y):
+    covariances = [np.cov(a, rowvar=False) for a in (x, y)]
+    root = linalg.sqrtm(covariances[0] @ covariances[1]).real
+    return np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(sum(covariances) - 2 * root)
+
+
+def test_other_weights_of_inception_are_measured_anew_and_told(cheap_networks, tmp_path, monkeypatch):
+    real, fake = (write(tmp_path / name, 4, seed, ('LGG',)) for seed, name in enumerate(('real', 'fake')))
+    weights, out = tmp_path / 'w.pth', tmp_path / 'out'
+    settings = config(real=str(real), fake=str(fake), metrics=('frechet',), inception=str(weights))
+    identities = []
+    for content in (b'some', b'some', b'others'):
+        weights.write_bytes(content)
+        evaluate.run(settings, out)
+        identities.append(
+            (json.loads((out / 'metrics.json').read_text())['inception'], (out / 'metrics.json').stat().st_mtime_ns)
+        )
+    assert identities[0] == identities[1]
+    assert identities[2][0] == {'path': str(weights), 'sha256': hashlib.sha256(b'others').hexdigest()}
+    assert identities[2][1] > identities[0][1]
+    page = (out / 'report.html').read_text()
+    assert 'Fréchet Inception distance' in page
+    assert 'w.pth is not the file that FID is computed with elsewhere' in page
+    monkeypatch.setattr(evaluate.inception, 'SHA256', hashlib.sha256(b'the known').hexdigest())
+    weights.write_bytes(b'the known')
+    evaluate.run(settings, out)
+    assert 'is not the file' not in (out / 'report.html').read_text()
+
+
+def test_a_published_table_stands_beside_ours(folders, tmp_path, capsys):
+    table, (real, fake) = tmp_path / 'table.json', folders
+    volumes = [{'metric': 'tumour volume [mL]', 'class': 'HGG', 'value': 0.123, 'spread': 0.045}]
+    more = ('--config.metrics=("statistics",)', f'--config.published={table}')
+    for figures in (volumes, [*volumes, {'metric': 'FID-A', 'value': 98.7}]):
+        table.write_text(json.dumps({'source': 'Doe & Roe', 'figures': figures}))
+        assert command(tmp_path, real, fake, *more) == 0
+        found = json.loads((tmp_path / 'out' / 'metrics.json').read_text())['published']
+        assert found['source'] == 'Doe & Roe'
+        assert [figure['value'] for figure in found['figures']] == [figure['value'] for figure in figures]
+        assert found['figures'][0]['label'] == 'HGG'
+    page = (tmp_path / 'out' / 'report.html').read_text()
+    rows = re.findall(r'<tr>.*?</tr>', page, re.DOTALL)
+    (volume,) = (row for row in rows if '<b>tumour volume' in row)
+    assert 'data-label="Doe &amp; Roe">HGG 0.123 ± 0.045</td>' in volume
+    (other,) = (row for row in rows if '<b>FID-A' in row)
+    assert 'not measured here' in other
+    assert '>all 98.7</td>' in other
+    table.write_text(json.dumps({'source': 'Doe', 'figures': [volumes[0] | {'class': 'DIPG'}]}))
+    assert command(tmp_path, real, fake, *more) == 2
+    assert "class 'DIPG' is none of LGG, HGG" in capsys.readouterr().err
+
+
+def test_without_pytorch_inception_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    assert command(tmp_path, 'nowhere', 'nowhere', '--config.inception=w.pth') == 2
+    assert 'pip install "vqroi_jax[convert]"' in capsys.readouterr().err
 
 
 def command(tmp_path, real, fake, *more):
@@ -249,6 +357,16 @@ def command(tmp_path, real, fake, *more):
         (lambda f, t: (f[0], write(t / 'x', 3, 2, peak=800)), (), '[0, 800]; expected both in [0, 1]'),
         (lambda f, t: (f[0], write(t / 'x', 3, 2, affine=np.eye(4))), (), 'of 1 x 1 x 1 mm: they do not compare'),
         (lambda f, t: f, ('--config.metrics=("fid",)',), "'fid' is none of ms_ssim"),
+        (
+            lambda f, t: f,
+            ('--config.metrics=("mmd",)', '--config.inception=w.pth'),
+            "w.pth: it is for 'frechet', which",
+        ),
+        (
+            lambda f, t: (f[0], write(t / 'x', 7, 2)),
+            ('--config.metrics=("mmd", "reconstruction")',),
+            'HGG_6.nii.gz has no pair',
+        ),
         (lambda f, t: f, ('--config.pairs=0',), 'config.pairs=0: expected at least 1'),
         (lambda f, t: f, ('--config.slices.empty=skip',), "'skip' is none of drop, keep"),
         (lambda f, t: f, ('--config.grid=near',), "config.grid='near' is none of same, resample"),
@@ -267,7 +385,7 @@ def test_rois_that_vgg16_cannot_see_are_refused(tmp_path):
     small = as_set(REAL[:, :15, :15, :15])
     for metrics in (('privacy',), ('frechet', 'mmd')):
         with pytest.raises(InputError, match='15 x 15 x 15 voxels are too small for VGG16'):
-            figures_of_merit.measure(figures_of_merit.Evaluation(small, small, config(metrics=metrics)))
+            figures_of_merit.measure(Evaluation(small, small, config(metrics=metrics)))
 
 
 def damage(folder, content):

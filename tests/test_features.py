@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
+from vqroi_jax import features
 from vqroi_jax.features import plane_features
 from vqroi_jax.models import perceptual
 
 
 @pytest.fixture(scope='module')
-def weights():
-    return perceptual.load_weights()
+def network():
+    return features.vgg16()
 
 
 def volumes():
@@ -19,11 +20,10 @@ def volumes():
     return result
 
 
-def expected(image, weights):
+def expected(image, network):
     """VGG16's last map before its pooling, averaged, by hand: from LPIPS's layers and scaling."""
-    convolutions = {name: value for name, value in weights.items() if name.startswith('conv')}
     grey = np.repeat(image[None, ..., None], 3, axis=-1)
-    return np.asarray(perceptual.VGG16Features().apply({'params': convolutions}, grey))[0]
+    return np.asarray(perceptual.VGG16Features().apply({'params': network.weights}, grey))[0]
 
 
 @pytest.mark.parametrize(
@@ -34,19 +34,19 @@ def expected(image, weights):
         ('coronal', (11, 13, 16, 18), lambda v, i: v[:, :, i]),
     ],
 )
-def test_slices_are_spread_over_the_tumour(plane, places, take, weights):
-    found = plane_features(volumes(), plane, 4, keep_empty=False, weights=weights)
+def test_slices_are_spread_over_the_tumour(plane, places, take, network):
+    found = plane_features(volumes(), plane, 4, keep_empty=False, network=network)
     assert found.shape == (2, 4, 512)
     for row, volume in enumerate(volumes()):
         for number in (0, 3):
             np.testing.assert_allclose(
-                found[row, number], expected(take(volume, places[number]), weights), rtol=1e-3, atol=1e-4
+                found[row, number], expected(take(volume, places[number]), network), rtol=1e-3, atol=1e-4
             )
 
 
-def test_or_over_the_whole_roi(weights):
-    found = plane_features(volumes(), 'axial', 2, keep_empty=True, weights=weights)
+def test_or_over_the_whole_roi(network):
+    found = plane_features(volumes(), 'axial', 2, keep_empty=True, network=network)
     for number, place in enumerate((5, 15)):
-        np.testing.assert_allclose(found[0, number], expected(volumes()[0, place], weights), rtol=1e-3, atol=1e-4)
-    empty = plane_features(np.full((1, 20, 22, 24), -1.0, np.float32), 'axial', 2, False, weights)
+        np.testing.assert_allclose(found[0, number], expected(volumes()[0, place], network), rtol=1e-3, atol=1e-4)
+    empty = plane_features(np.full((1, 20, 22, 24), -1.0, np.float32), 'axial', 2, False, network)
     np.testing.assert_allclose(empty[0], found[[0, 0], [0, 1]], rtol=1e-3, atol=1e-4)

@@ -4,6 +4,7 @@ two folders (data.roi_sets) -> figures of merit (figures_of_merit) -> `metrics.j
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from vqroi_jax import report, viz
+from vqroi_jax import published, report, viz
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.errors import InputError
-from vqroi_jax.figures_of_merit import GROUPS, SEEN_BY_VGG16, Evaluation, measure
-from vqroi_jax.models import perceptual
+from vqroi_jax.figures_of_merit import GROUPS, METRICS, SEEN_BY_VGG16, measure
+from vqroi_jax.merit.evaluation import Evaluation
+from vqroi_jax.models import inception, perceptual
 from vqroi_jax.workdir import open_workdir, write_atomically
 
 METRICS_FILE = 'metrics.json'
@@ -36,30 +38,41 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 def evaluate(config: ConfigDict, folder: Path) -> None:
     """Compares two sets and writes `metrics.json` and `report.html` into an opened workdir.
 
-    Where they are there already, of the same ROIs, they stay.
+    Where they are there already, of the same ROIs, weights and published table, they stay.
 
     Raises:
         InputError: a setting or a set cannot be used.
     """
     check_settings(config)
+    table = published.read(config.published, known_metrics()) if config.published else None
     with open_sets(config.real, config.fake, config, folder) as (real, fake):
-        if _measured(folder / METRICS_FILE) == {'real': real.sha256, 'fake': fake.sha256}:
-            return
         evaluation = Evaluation(real, fake, config)
+        if table:
+            published.check_classes(config.published, table, real.classes)
+        inputs = describe_inputs(evaluation, table)
+        if _identities(inputs) == _measured(folder / METRICS_FILE):
+            return
+        if config.inception and inputs['inception']['sha256'] != inception.SHA256:
+            evaluation.notes.append(
+                f'{config.inception} is not the file that FID is computed with elsewhere (its sha256 is not '
+                f'{inception.SHA256[:8]}…): what is called FID here compares only with figures by the same file.'
+            )
         measure(evaluation)
         _draw(evaluation)
-        found = describe(evaluation)
+        found = inputs | describe(evaluation)
     write_atomically(folder / REPORT_FILE, report.render(found, evaluation.pictures))
     # Last, for it says that all is done.
     write_atomically(folder / METRICS_FILE, json.dumps(found, indent=2, allow_nan=False) + '\n')
 
 
-def _measured(path: Path) -> dict[str, str] | None:
-    """The identities of the sets that a `metrics.json` is about; None if there is none."""
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text(encoding='utf-8'))
-    return {name: found[name]['sha256'] for name in ('real', 'fake')}
+def _measured(path: Path) -> dict[str, str | None] | None:
+    """The identities of what a `metrics.json` was computed from; None if there is none."""
+    return _identities(json.loads(path.read_text(encoding='utf-8'))) if path.exists() else None
+
+
+def _identities(inputs: dict) -> dict[str, str | None]:
+    """By name, the sha256 of each input; None of one that is not used."""
+    return {name: inputs[name] and inputs[name]['sha256'] for name in ('real', 'fake', 'inception', 'published')}
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -86,8 +99,13 @@ def check_settings(config: ConfigDict) -> None:
             raise InputError(f'config.{field}={value}: expected at least {least}')
     if config.slices.empty not in ('drop', 'keep'):
         raise InputError(f'config.slices.empty={config.slices.empty!r} is none of drop, keep')
+    # Are they there?
     if {*SEEN_BY_VGG16} & {*config.metrics}:
-        perceptual.load_weights()  # are they there?
+        perceptual.load_weights()
+    if config.inception:
+        if 'frechet' not in config.metrics:
+            raise InputError(f"config.inception={config.inception}: it is for 'frechet', which config.metrics has not")
+        inception.load_weights(config.inception)
 
 
 def _draw(evaluation: Evaluation) -> None:
@@ -95,8 +113,36 @@ def _draw(evaluation: Evaluation) -> None:
     for name, part in (('real', evaluation.real), ('synthetic', evaluation.fake)):
         rows = np.concatenate([part.of(number)[:_SHOWN] for number in range(len(part.classes))])
         headings = [f'{part.classes[part.labels[row]]}, {name}' for row in rows]
-        titles = [Path(part.ids[row]).name.removesuffix('.gz').removesuffix('.nii') for row in rows]
+        titles = [part.names[row] for row in rows]
         evaluation.pictures[name] = viz.contact_sheet(part.volumes[rows], headings, titles, part.spacing)
+
+
+def known_metrics() -> list[str]:
+    """What the figures of all groups are called."""
+    return [name for names in METRICS.values() for name in names]
+
+
+def describe_inputs(evaluation: Evaluation, table: dict | None) -> dict:
+    """What an evaluation is computed from, as JSON has it.
+
+    Args:
+        evaluation: nothing of which needs to be measured yet.
+        table: of published figures, see `published.read`; None: none.
+    """
+    weights, path = evaluation.config.inception, evaluation.config.published
+    return {
+        'format': FORMAT,
+        'config': evaluation.config.to_dict(),
+        'real': evaluation.real.describe(),
+        'fake': evaluation.fake.describe(),
+        'inception': {'path': weights, 'sha256': _sha256(weights)} if weights else None,
+        'published': {'path': path, 'sha256': _sha256(path), **table} if table else None,
+    }
+
+
+def _sha256(path: str) -> str:
+    with open(Path(path).expanduser(), 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def describe(evaluation: Evaluation) -> dict:
@@ -106,10 +152,6 @@ def describe(evaluation: Evaluation) -> dict:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {
-        'format': FORMAT,
-        'config': evaluation.config.to_dict(),
-        'real': evaluation.real.describe(),
-        'fake': evaluation.fake.describe(),
         'figures': [
             {name: finite(value) for name, value in dataclasses.asdict(figure).items()} for figure in evaluation.figures
         ],

@@ -30,6 +30,11 @@ _MEANINGS = {  # by the beginning of a metric's name: what it says, for a reader
         'not FID, which is defined for another network.'
     ),
     'KID-VGG': 'Kernel distance between the same slices; unlike the Fréchet distance it is not biased in small sets.',
+    'FID': (
+        'Fréchet Inception distance, by the network and weights that define it, between slices: axial (A), coronal (C) '
+        'or sagittal (S). It falls with the number of slices, so only figures of as many compare.'
+    ),
+    'KID-Inception': 'Kernel Inception distance between the same slices; it is not biased in small sets.',
     'FD-3D': 'Fréchet distance between volumes, as a classifier of these tumours sees them.',
     'precision': 'Share of synthetic ROIs that lie among real ones.',
     'recall': 'Share of real ROIs that lie among synthetic ones.',
@@ -42,6 +47,10 @@ _MEANINGS = {  # by the beginning of a metric's name: what it says, for a reader
     'tumour volume': 'Kolmogorov-Smirnov distance between the distributions (0: the same, 1: apart).',
     'surface': 'The same of surface to volume: high for ragged or small tumours.',
     'mean intensity': "The same of the tumours' mean intensity.",
+    'reconstruction': (
+        'How near reconstructions are to the ROIs that they were made from. Here the floor is no aim: it is what '
+        'another real ROI of the class would get in their place.'
+    ),
     'nearest': (
         'Privacy: how near the most similar ROI is that a model may have learnt from. Samples nearer than held-out '
         'patients ever are may be copies.'
@@ -62,7 +71,7 @@ def render(found: Mapping, pictures: Mapping[str, Figure]) -> str:
     """The page.
 
     Args:
-        found: as `vqroi_jax.evaluate.describe` gives it.
+        found: what `vqroi_jax.evaluate` writes into `metrics.json`.
         pictures: by name; those whose name is a section of the page are in it.
 
     Returns:
@@ -70,17 +79,19 @@ def render(found: Mapping, pictures: Mapping[str, Figure]) -> str:
     """
     labels = list(dict.fromkeys(figure['label'] for figure in found['figures']))
     rows: dict[str, dict] = {}
-    for figure in found['figures']:
-        row = rows.setdefault(
-            figure['metric'],
-            {
-                'metric': figure['metric'],
-                'better': _BETTER[figure['better']],
-                'meaning': next(text for start, text in _MEANINGS.items() if figure['metric'].startswith(start)),
-                'cells': {},
-            },
+
+    def row_of(metric: str) -> dict:
+        meaning = next(text for start, text in _MEANINGS.items() if metric.startswith(start))
+        return rows.setdefault(
+            metric, {'metric': metric, 'better': '', 'meaning': meaning, 'cells': {}, 'published': []}
         )
+
+    for figure in found['figures']:
+        row = row_of(figure['metric'])
+        row['better'] = _BETTER[figure['better']]
         row['cells'][figure['label']] = figure
+    for figure in found['published']['figures'] if found['published'] else ():
+        row_of(figure['metric'])['published'].append(figure)
     return _ENVIRONMENT.get_template(TEMPLATE).render(
         found=found,
         labels=labels,

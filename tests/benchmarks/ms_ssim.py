@@ -36,7 +36,7 @@ def volumes_on_disk(folder: Path, number: int, side: int) -> np.ndarray:
 
 def ours(volumes: np.ndarray, pairs: np.ndarray, mode: str) -> np.ndarray:
     """As an evaluation computes it."""
-    from vqroi_jax.figures_of_merit import similarities
+    from vqroi_jax.merit.voxels import similarities
 
     return similarities(pairs, volumes, volumes, mode, foreground=False)
 

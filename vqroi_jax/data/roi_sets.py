@@ -68,6 +68,11 @@ class RoiSet:
     sha256: str
     facts: tuple[str, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """[n] ids without folders and the endings of files."""
+        return tuple(_NIFTI.sub('', name.rpartition('/')[2]) for name in self.ids)
+
     def of(self, label: int) -> np.ndarray:
         """Rows of a class."""
         return np.flatnonzero(self.labels == label)

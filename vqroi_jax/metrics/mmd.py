@@ -101,6 +101,11 @@ def unbiased(kernel: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     return within(x) + within(y) - 2 * between(x, y) / (jnp.sum(x) * jnp.sum(y))
 
 
+def unbiased_of_rows(kernel: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
+    """`unbiased` of two sets that are given by their rows, int `[a]` and `[b]`; one that comes twice counts twice."""
+    return float(unbiased(kernel, *(np.bincount(rows, minlength=len(kernel)) for rows in (x, y))))
+
+
 def linear(distances: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
     """Squared distance between the mean samples of two sets: the MMD of a linear kernel, biased.
 

@@ -1,0 +1,1 @@
+"""Figures of merit, by what they look at."""

@@ -1,0 +1,124 @@
+"""Figures of merit that look at what networks see in ROIs: distances of features, coverage, what a classifier says."""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from vqroi_jax import features
+from vqroi_jax.merit.evaluation import Evaluation
+from vqroi_jax.metrics import mmd
+from vqroi_jax.metrics.coverage import precision_recall_density_coverage
+from vqroi_jax.metrics.frechet import frechet_distance
+
+# Names of Fréchet and kernel distances by plane. Only what is taken of Inception-v3's features is called FID.
+BY_VGG16 = {plane: (f'FD-VGG, {plane}', f'KID-VGG, {plane}') for plane in features.PLANES}
+BY_INCEPTION = {plane: (f'FID-{plane[0].upper()}', f'KID-Inception, {plane}') for plane in features.PLANES}
+BY_CLASSIFIER = 'FD-3D'
+COVERAGE = ('precision', 'recall', 'density', 'coverage')
+AGREEMENT = 'class agreement'
+
+_KID_SLICES = 1000  # of each set; more are drawn from
+
+
+def measure_frechet(evaluation: Evaluation) -> None:
+    """How far the distributions of what networks see are apart."""
+    _measure_planes(evaluation, BY_VGG16, 'VGG16 (LPIPS)', evaluation.seen_by_vgg16)
+    if evaluation.config.inception:
+        seen = evaluation.seen_by(features.inception_v3(evaluation.config.inception))
+        _measure_planes(evaluation, BY_INCEPTION, "FID's Inception-v3", seen)
+    if len(evaluation.real.classes) > 1:
+        real, fake = (of_classifier[:, None] for _, of_classifier in evaluation.told)
+        text, repeats = 'features of a 3D classifier trained on real ROIs', evaluation.config.frechet_bootstrap
+        for sides in evaluation.sides:
+            evaluation.compare(BY_CLASSIFIER, sides, _slice_distance, real, fake, text, repeats)
+
+
+def _measure_planes(
+    evaluation: Evaluation,
+    names: Mapping[str, tuple[str, str]],
+    network: str,
+    seen: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> None:
+    """Fréchet and kernel distances of slices in each plane.
+
+    Args:
+        evaluation: that they are added to.
+        names: what the two are called, by plane.
+        network: what the slices were seen by.
+        seen: its features, see `Evaluation.seen_by`.
+    """
+    settings, repeats = evaluation.config.slices, evaluation.config.frechet_bootstrap
+    where = 'the whole ROI' if settings.empty == 'keep' else "the tumour's extent"
+    text = f'{network}, {settings.number} slices of each volume over {where}'
+    for plane, (real, fake) in seen.items():
+        for sides in evaluation.sides:
+            evaluation.compare(names[plane][0], sides, _slice_distance, real, fake, text, repeats)
+    for plane, (real, fake) in seen.items():
+        for sides in evaluation.sides:
+            metric = names[plane][1]
+            x, y, floor = (
+                evaluation.rng(f'{metric} {sides.label}').permutation(_flat(slices))[:_KID_SLICES]
+                for slices in (real[sides.one], fake[sides.fake], real[sides.other])
+            )
+            values = []
+            for second in (y, floor):
+                both = jnp.concatenate([x, second])
+                statistic = functools.partial(mmd.unbiased_of_rows, np.asarray(mmd.cubic_kernel(both, both)))
+                rows = np.arange(len(x)), np.arange(len(x), len(both))
+                values.append(evaluation.bootstrap(f'{metric} {sides.label}', statistic, *rows, repeats=repeats))
+            how = f'{text}, cubic kernel, unbiased, {len(x)} slices'
+            evaluation.add(metric, sides.label, values, (sides.n, sides.n), 'lower', how)
+
+
+def _slice_distance(x: np.ndarray, y: np.ndarray) -> float:
+    return frechet_distance(_flat(x), _flat(y))
+
+
+def _flat(seen: np.ndarray) -> np.ndarray:
+    """Features of slices [n, slices, features] of volumes as one list of them."""
+    return seen.reshape(-1, seen.shape[-1])
+
+
+def measure_coverage(evaluation: Evaluation) -> None:
+    """How many synthetic ROIs are realistic, and how much of the real ones they cover."""
+    first = len(evaluation.real.labels)
+    for sides in evaluation.sides:
+        k = min(evaluation.config.neighbours, sides.n - 1)
+        rows = np.concatenate([sides.one, sides.other, first + sides.fake])
+        overall = jnp.asarray(evaluation.overall[rows])
+        distances, n = np.asarray(mmd.squared_distances(overall, overall)), sides.n
+        one, other, fake = slice(0, n), slice(n, 2 * n), slice(2 * n, 3 * n)
+        found = [
+            precision_recall_density_coverage(distances[one, one], distances[part, part], distances[one, part], k)
+            for part in (fake, other)
+        ]
+        for name in COVERAGE:
+            values = [(float(np.mean(side[name])), 1.96 * float(np.std(side[name])) / math.sqrt(n)) for side in found]
+            evaluation.add(name, sides.label, values, (n, n), 'higher', f'VGG16 over all planes, {k} neighbours')
+
+
+def measure_agreement(evaluation: Evaluation) -> None:
+    """How often a classifier tells synthetic ROIs as the class that they were made for."""
+    if len(evaluation.real.classes) < 2:
+        evaluation.notes.append('class agreement: there is only one class')
+        return
+    (real, _), (fake, _) = evaluation.told
+    tried = evaluation.held_out if evaluation.has_splits else np.concatenate([part.other for part in evaluation.sides])
+    right = [
+        [np.argmax(logits[rows], axis=1) == number for number, rows in enumerate(parts)]
+        for logits, parts in (
+            (fake, [evaluation.fake.of(number) for number in range(len(evaluation.sides))]),
+            (real, [np.intersect1d(tried, evaluation.real.of(number)) for number in range(len(evaluation.sides))]),
+        )
+    ]
+    text = f'a small CNN trained on real ROIs for {evaluation.config.classifier.epochs} epochs; floor: held-out ROIs'
+    parts = {'': [np.concatenate(side) for side in right]}
+    parts |= dict(zip(evaluation.real.classes, zip(*right, strict=True), strict=True))
+    for label, of_sides in parts.items():
+        shares = [float(np.mean(side)) for side in of_sides]
+        counts = [len(side) for side in of_sides]
+        values = [(share, 1.96 * math.sqrt(share * (1 - share) / n)) for share, n in zip(shares, counts, strict=True)]
+        evaluation.add(AGREEMENT, label, values, counts, 'floor', text)

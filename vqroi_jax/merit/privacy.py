@@ -1,0 +1,76 @@
+"""Figures of merit of privacy: whether synthetic ROIs are copies of some that were learnt from."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from vqroi_jax import viz
+from vqroi_jax.merit.evaluation import Evaluation
+from vqroi_jax.merit.voxels import similarities
+from vqroi_jax.metrics import mmd
+
+NEAREST = ('nearest training ROI, MS-SSIM', 'nearest training ROI, VGG distance')
+
+_SHOWN = 6  # pairs of neighbours at least
+_PICTURED = 24  # and at most
+
+
+def measure_privacy(evaluation: Evaluation) -> None:
+    """Whether synthetic ROIs are nearer to a patient that was learnt from than other patients are."""
+    first, training = len(evaluation.real.labels), evaluation.training
+    distances = evaluation.distances
+    features = np.asarray(mmd.squared_distances(*[jnp.asarray(evaluation.overall)] * 2))
+    nearest = {}
+    for name, part, rows, offset in (
+        ('fake', evaluation.fake, np.arange(len(evaluation.fake.labels)), first),
+        ('real', evaluation.real, evaluation.held_out, 0),
+    ):
+        away = distances[np.ix_(offset + rows, training)].copy()
+        seen = features[np.ix_(offset + rows, training)].copy()
+        if offset == 0:  # a real ROI is not its own neighbour
+            same = rows[:, None] == training[None]
+            away[same] = seen[same] = np.inf
+        number = min(evaluation.config.privacy.candidates, len(training) - 1)
+        candidates = training[np.argsort(away, axis=1, kind='stable')[:, :number]]
+        pairs = np.stack([np.repeat(rows, number), candidates.ravel()], axis=1)
+        found = similarities(pairs, part.volumes, evaluation.real.volumes, 'standard', False)
+        found = found.reshape(len(rows), number)
+        best = found.argmax(axis=1)
+        nearest[name] = found.max(axis=1), candidates[np.arange(len(rows)), best], np.sqrt(seen.min(axis=1))
+    limits = float(nearest['real'][0].max()), float(nearest['real'][2].min())
+    text = f'among {len(training)} real ROIs; MS-SSIM of the {number} nearest in voxels'
+    counts = [len(nearest[side][0]) for side in ('fake', 'real')]
+    for name, place in zip(NEAREST, (0, 2), strict=True):
+        values = [
+            evaluation.bootstrap(
+                f'{name} {side}',
+                lambda rows, v=nearest[side][place]: np.median(v[rows]),
+                np.arange(n),
+            )
+            for side, n in zip(('fake', 'real'), counts, strict=True)
+        ]
+        evaluation.add(name, '', values, counts, 'floor', f'median; {text}')
+    similar, which, far = nearest['fake']
+    closer = (similar > limits[0]) | (far < limits[1])
+    order = np.lexsort((-similar, ~closer))
+    for row in order[: max(int(closer.sum()), _SHOWN)]:
+        evaluation.neighbours.append(
+            {
+                'synthetic': evaluation.fake.ids[row],
+                'real': evaluation.real.ids[which[row]],
+                'ms_ssim': float(similar[row]),
+                'vgg_distance': float(far[row]),
+                'closer_than_any_held_out': bool(closer[row]),
+            }
+        )
+    evaluation.notes.append(
+        f'{int(closer.sum())} of {len(similar)} synthetic ROIs are closer to a real one that may have been learnt from '
+        f'than any held-out one is (MS-SSIM above {limits[0]:.3f} or VGG distance under {limits[1]:.3g}).'
+    )
+    shown = order[: min(max(int(closer.sum()), _SHOWN), _PICTURED)]
+    evaluation.pictures['nearest'] = viz.neighbours(
+        evaluation.fake.volumes[shown],
+        evaluation.real.volumes[which[shown]],
+        [f'{evaluation.fake.ids[row]}, MS-SSIM {similar[row]:.3f}' for row in shown],
+        [evaluation.real.ids[row] for row in which[shown]],
+        evaluation.real.spacing,
+    )
