@@ -74,6 +74,37 @@ def method_of(model: Transformer) -> str:
     return 'autoregressive' if model.causal else 'parallel'
 
 
+def sample(
+    model: Transformer,
+    params: dict,
+    seed: jax.Array,
+    labels: jax.Array,
+    indices: jax.Array,
+    given: jax.Array,
+    codes: int,
+    sampling: Sampling,
+) -> jax.Array:
+    """Draws tokens by the model's own method, each sample from the key that its seed, class and index make.
+
+    Args:
+        model: of stage 2.
+        params: its parameters, unstacked if it is causal (see `autoregressive`).
+        seed: uint32 scalar.
+        labels: class numbers int32 `[B]`.
+        indices: uint32 `[B]`.
+        given: int32 `[B, L]`: tokens in [0, K) that are to stay, and `UNKNOWN` where to draw.
+        codes: in the codebook, K.
+        sampling: how to draw.
+
+    Returns:
+        int32 `[B, L]`, each in [0, K).
+    """
+    key = jax.random.key(seed)
+    keys = jax.vmap(lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i))(labels, indices)
+    method = autoregressive if model.causal else parallel
+    return method(model, params, keys, labels, given, codes, sampling)
+
+
 def keep_likely(logits: jax.Array, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
     """Sets the logits of unlikely codes to minus infinity: first those beyond `top_k`, then those beyond `top_p`.
 

@@ -294,15 +294,21 @@ class Sampler:
         self._sampling = Sampling.read(sampling, model, vqgan.model.codes, classes)
         if sampling.sub_batch < 1:
             raise InputError(f'sampling.sub_batch={sampling.sub_batch}: expected 1 row or more')
-        self._group, self._seed, self._classes = sampling.sub_batch, seed, classes
+        self._group, self._classes = sampling.sub_batch, classes
         self._model, self._vqgan, self._mesh = model, vqgan, mesh
         self._whole = partitioning.replicated(mesh)
+        self.reseed(seed)
         self._variables = jax.device_put(vqgan.variables, self._whole)
 
     def use(self, params: Any) -> 'Sampler':
         """Draws with these parameters from now on, blocks stacked, wherever they are; returns itself."""
         params = jax.device_put(params, self._whole)
         self._params = jax.jit(unstack)(params) if self._model.causal else params
+        return self
+
+    def reseed(self, seed: int) -> 'Sampler':
+        """Draws with this seed from now on, 0 to 2**32 - 1; returns itself."""
+        self._seed = jax.device_put(np.uint32(seed), self._whole)
         return self
 
     @property
@@ -337,17 +343,13 @@ class Sampler:
         for places in self._places(indices):
             # Where nothing is wanted, the last sample is drawn once more: rows do not see each other.
             rows = labels[places], indices[places], given[places]
-            drawn = partitioning.gather(self._draw_tokens(self._params, *rows))
+            drawn = partitioning.gather(self._draw_tokens((self._params, self._seed), *rows))
             result[places[places >= 0]] = drawn[places >= 0]
         return result
 
     def decode(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """Volumes float32 `[D, H, W]` in (-1, 1) of tokens `[n, L]`, a batch in memory at a time."""
-        for start in range(0, len(tokens), self.rows):
-            part = tokens[start : start + self.rows]
-            padded = np.pad(part, ((0, self.rows - len(part)), (0, 0)), mode='edge')
-            volumes = partitioning.gather(self._decode(self._variables, padded.astype(np.int32)))
-            yield from volumes[: len(part)]
+        yield from partitioning.in_batches(self._decode, self._variables, tokens.astype(np.int32), self.rows)
 
     def _places(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         """For each call, int `[rows]`: the place in `indices` of the sample that stands in each row; -1 for none."""
@@ -366,12 +368,9 @@ class Sampler:
 
     @functools.cached_property
     def _draw_tokens(self) -> Callable:
-        method = decoding.autoregressive if self._model.causal else decoding.parallel
-
-        def draw(params, label, index, given):
-            key = jax.random.key(self._seed)
-            keys = jax.vmap(lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i))(label, index)
-            return method(self._model, params, keys, label, given, self._vqgan.model.codes, self._sampling)
+        def draw(params_and_seed, label, index, given):
+            rows = *params_and_seed, label, index, given
+            return decoding.sample(self._model, *rows, self._vqgan.model.codes, self._sampling)
 
         return partitioning.on_each_device(draw, self._mesh)
 

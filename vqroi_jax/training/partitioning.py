@@ -5,7 +5,7 @@ arrays that a task's rules split along `model`. Everything is `jax.jit` over glo
 batch is a sum over all devices and hosts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -148,6 +148,26 @@ def on_each_device(function: Callable, mesh: Mesh) -> Callable:
         return jitted(whole, tuple(placed))
 
     return call
+
+
+def in_batches(function: Callable, whole: Any, array: np.ndarray, rows: int) -> Iterator[Any]:
+    """The results of a function of `on_each_device` for each row of an array, a batch in memory at a time.
+
+    Args:
+        function: of `whole` and of `rows` rows.
+        whole: its first argument.
+        array: `[n, ...]`; the last batch is filled up with copies of its last row.
+        rows: that the function takes, a multiple of the devices.
+
+    Yields:
+        n times what the function returns, without the first axis, NumPy.
+    """
+    for start in range(0, len(array), rows):
+        part = array[start : start + rows]
+        padded = np.pad(part, [(0, rows - len(part)), *[(0, 0)] * (array.ndim - 1)], mode='edge')
+        results = gather(function(whole, padded))
+        for row in range(len(part)):
+            yield jax.tree.map(lambda result, row=row: result[row], results)
 
 
 def gather(tree: Any) -> Any:
