@@ -142,7 +142,7 @@ def test_what_cannot_be_used_is_told(model, call, message):
 
 
 def test_what_cannot_be_loaded_is_told(tmp_path, tiny_vqgan):
-    with pytest.raises(vq.InputError, match='holds no run: .*config.json is missing'):
+    with pytest.raises(vq.InputError, match=r'holds no run: .*config.json is missing'):
         vq.load(tmp_path)
     (tmp_path / 'config.json').write_text(json.dumps({'task': 'demo'}))
     with pytest.raises(vq.InputError, match=r"is a run of the task 'demo'; give .* stage 2 \('transformer'\)"):
