@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 TEST = [
     'build>=1.2',
     'hypothesis>=6.100',
+    'mypy>=2.4,<3',
     'pytest>=8.2',
     'pytest-xdist>=3.6',
     'ruff>=0.15,<0.18',

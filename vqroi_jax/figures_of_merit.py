@@ -143,13 +143,11 @@ class Evaluation:
     def planes(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """VGG16's features [n, slices, features] of the real and the synthetic set, by plane."""
         settings, weights = self.config.slices, perceptual.load_weights()
-        return {
-            plane: tuple(
-                plane_features(part.volumes, plane, settings.number, settings.empty == 'keep', weights)
-                for part in (self.real, self.fake)
-            )
-            for plane in PLANES
-        }
+
+        def seen(part: RoiSet, plane: str) -> np.ndarray:
+            return plane_features(part.volumes, plane, settings.number, settings.empty == 'keep', weights)
+
+        return {plane: (seen(self.real, plane), seen(self.fake, plane)) for plane in PLANES}
 
     @functools.cached_property
     def overall(self) -> np.ndarray:
@@ -173,7 +171,7 @@ class Evaluation:
         metric: str,
         label: str,
         values: Sequence[tuple[float, float]],
-        counts: Sequence[int],
+        counts: tuple[int, int],
         better: str,
         settings: str,
     ) -> None:
@@ -371,8 +369,8 @@ def _measure_frechet(evaluation: Evaluation) -> None:
     text = f'VGG16 (LPIPS), {settings.number} slices of each volume over {where}'
     compared = [(f'FD-VGG, {plane}', text, *both) for plane, both in evaluation.planes.items()]
     if len(evaluation.real.classes) > 1:
-        of_classifier = [features[:, None] for _, features in evaluation.told]
-        compared.append(('FD-3D', 'features of a 3D classifier trained on real ROIs', *of_classifier))
+        real, fake = (features[:, None] for _, features in evaluation.told)
+        compared.append(('FD-3D', 'features of a 3D classifier trained on real ROIs', real, fake))
     for metric, how, real, fake in compared:
         for sides in evaluation.sides:
             evaluation.compare(metric, sides, _slice_distance, real, fake, how, repeats)
@@ -409,7 +407,7 @@ def _measure_coverage(evaluation: Evaluation) -> None:
         k = min(evaluation.config.neighbours, sides.n - 1)
         rows = np.concatenate([sides.one, sides.other, first + sides.fake])
         features = jnp.asarray(evaluation.overall[rows])
-        distances, n = np.asarray(mmd.squared_distances(features, features)), sides.n
+        distances, n = mmd.squared_distances(features, features), sides.n
         one, other, fake = slice(0, n), slice(n, 2 * n), slice(2 * n, 3 * n)
         found = [
             precision_recall_density_coverage(distances[one, one], distances[part, part], distances[one, part], k)
@@ -436,10 +434,10 @@ def _measure_agreement(evaluation: Evaluation) -> None:
     ]
     text = f'a small CNN trained on real ROIs for {evaluation.config.classifier.epochs} epochs; floor: held-out ROIs'
     parts = {'': [np.concatenate(side) for side in right]}
-    parts |= dict(zip(evaluation.real.classes, zip(*right, strict=True), strict=True))
+    parts |= {label: [side[number] for side in right] for number, label in enumerate(evaluation.real.classes)}
     for label, of_sides in parts.items():
         shares = [float(np.mean(side)) for side in of_sides]
-        counts = [len(side) for side in of_sides]
+        counts = len(of_sides[0]), len(of_sides[1])
         values = [(share, 1.96 * math.sqrt(share * (1 - share) / n)) for share, n in zip(shares, counts, strict=True)]
         evaluation.add('class agreement', label, values, counts, 'floor', text)
 
@@ -453,11 +451,11 @@ def _measure_statistics(evaluation: Evaluation) -> None:
             medians = (np.median(real[evaluation.real.of(number)]), np.median(fake[evaluation.fake.of(number)]))
             text = f'KS distance; medians: real {medians[0]:.3g}, synthetic {medians[1]:.3g}'
             evaluation.compare(name, sides, _ks_distance, real, fake, text)
-        by_class = [
+        real_values, fake_values = (
             {label: quantities[name][part.of(i)] for i, label in enumerate(part.classes)}
             for quantities, part in zip(measured, (evaluation.real, evaluation.fake), strict=True)
-        ]
-        evaluation.pictures[name] = viz.distributions(*by_class, name)
+        )
+        evaluation.pictures[name] = viz.distributions(real_values, fake_values, name)
     histograms = [
         {label: quantities['histogram'][part.of(i)].mean(axis=0) for i, label in enumerate(part.classes)}
         for quantities, part in zip(measured, (evaluation.real, evaluation.fake), strict=True)
@@ -514,7 +512,7 @@ def _measure_privacy(evaluation: Evaluation) -> None:
         nearest[name] = found.max(axis=1), candidates[np.arange(len(rows)), best], np.sqrt(seen.min(axis=1))
     limits = float(nearest['real'][0].max()), float(nearest['real'][2].min())
     text = f'among {len(training)} real ROIs; MS-SSIM of the {number} nearest in voxels'
-    counts = [len(nearest[side][0]) for side in ('fake', 'real')]
+    counts = len(nearest['fake'][0]), len(nearest['real'][0])
     for name, place in (('nearest training ROI, MS-SSIM', 0), ('nearest training ROI, VGG distance', 2)):
         values = [
             evaluation.bootstrap(

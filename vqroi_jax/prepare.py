@@ -117,7 +117,7 @@ def _prepare_in(scratch: Path, folder: Path, cohort: Cohort, data: ConfigDict, r
     }
     splits, warnings = split_patients([scan for scan, _ in usable.values()], cohort.classes, data.split)
     records = {
-        name: [(scan.id, scan.patient, scan.label, path) for scan, path in map(usable.get, ids)]
+        name: [(scan.id, scan.patient, scan.label, path) for scan, path in map(usable.__getitem__, ids)]
         for name, ids in splits.items()
         if ids
     }

@@ -98,7 +98,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             for run_parts in parts.values():
                 for part in run_parts.values():
                     check_disjoint(test, part)
-            results = {name: [] for name in config.arms}
+            results: dict[str, list[dict]] = {name: [] for name in config.arms}
             for (name, number), run_parts in parts.items():
                 where = folder / 'parts' / name / f'run_{number}'
                 results[name].append(run_arm(config, name, number, run_parts, test, where, mesh))
@@ -178,7 +178,7 @@ def plan(config: ConfigDict, name: str, number: int, sets: tuple[RoiSet, RoiSet]
     for field in ('pretrain_real', 'pretrain_synthetic'):
         if unknown := [label for label in arm[field] if label not in real.classes]:
             raise InputError(f'config.arms.{name}.{field}: class {unknown[0]!r} is none of {", ".join(real.classes)}')
-    wanted = {'finetune': [], 'pretrain': []}
+    wanted: dict[str, list[np.ndarray]] = {'finetune': [], 'pretrain': []}
     for label, title in enumerate(real.classes):
         rng = np.random.default_rng([config.seed, label])
         there = rng.permutation(np.intersect1d(real.of(label), real.among('train', 'val')))
@@ -261,6 +261,7 @@ def run_arm(
     for stage, part in parts.items():
         print(f'{name}, run {number + 1} of {config.runs}, {stage}: {_sizes(part)}')
         start, recipe = train_stage(config, config.arms[name].augment, number, stage, part, folder / stage, mesh, start)
+    assert start, 'an arm has stages'
     rows = config.finetune.batch_size
     logits = logits_of(recipe, mesh, rows)(start['params'], start['statistics'], test)
     probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
@@ -405,8 +406,12 @@ def summarise(config: ConfigDict, results: Mapping[str, Sequence[Mapping]], clas
                 for number, label in enumerate(classes)
                 if positive in (None, number)
             },
-            'confusion': sum(
-                classification.confusion(np.argmax(run['probabilities'], axis=1), labels, len(classes)) for run in runs
+            'confusion': np.sum(
+                [
+                    classification.confusion(np.argmax(run['probabilities'], axis=1), labels, len(classes))
+                    for run in runs
+                ],
+                axis=0,
             ).tolist(),
         }
         for number, label in enumerate(classes):

@@ -5,6 +5,7 @@ finished stage 1 -> tokens and scores -> batches -> [the loop: step, validation,
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def make_evaluation(
     `perplexity`; and `top1`, the share of the corrupted tokens that are told exactly.
     """
 
-    def sums(params, batch: dict) -> dict[str, jax.Array]:
+    def sums(params: Any, batch: dict) -> dict[str, jax.Array]:
         key = jax.random.key(recipe.settings.seed)
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch['index'])
         example = transformer.make_example(recipe, keys, batch['tokens'], batch['scores'], batch['label'])
@@ -181,8 +182,9 @@ def make_figures(
         sampler.use(transformer.evaluation_params(state))
         drawn = sampler.tokens(np.tile(labels, 2), range(len(given)), given)
         volumes = np.stack(list(sampler.decode(np.concatenate([tokens, drawn]))))
-        parts = np.split(volumes, 3)
-        return {'completions': viz.completions(originals, *parts, scores, names, ids, spacing)}
+        reconstructed, completed, sampled = np.split(volumes, 3)
+        shown = viz.completions(originals, reconstructed, completed, sampled, scores, names, ids, spacing)
+        return {'completions': shown}
 
     return figures
 
@@ -193,5 +195,5 @@ def masking_figure(recipe: transformer.Recipe, source: TokenSource, classes: tup
     keys = jax.random.split(jax.random.key(recipe.settings.seed), len(shown))
     corrupt = jax.jit(masking.corrupt, static_argnums=3)
     roles = corrupt(keys, source.tokens[shown], source.scores[shown], recipe.masking).roles
-    grids = (np.asarray(part).reshape(-1, *recipe.masking.grid) for part in (source.scores[shown], roles))
-    return viz.masking(*grids, [classes[i] for i in source.labels[shown]], [source.ids[i] for i in shown])
+    scores, marks = (np.asarray(part).reshape(-1, *recipe.masking.grid) for part in (source.scores[shown], roles))
+    return viz.masking(scores, marks, [classes[i] for i in source.labels[shown]], [source.ids[i] for i in shown])

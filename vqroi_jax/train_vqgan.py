@@ -153,8 +153,8 @@ def make_evaluation(
 
     def evaluate(state: vqgan.VQGANState) -> dict[str, float]:
         variables, parts = vqgan.evaluation_variables(state), []
-        for batch in pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process()):
-            batch = partitioning.put_batch(batch, mesh)
+        for rows in pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process()):
+            batch = partitioning.put_batch(rows, mesh)
             parts.append(jax.device_get(sums(look(variables, batch['volume']), batch)))
         by_class, patients, tokens = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
         figures = {f'val/{name}': float(values.sum() / patients.sum()) for name, values in by_class.items()}

@@ -161,8 +161,9 @@ class Stage1Facts:
         """
         path = folder / STAGE1_FILE
         try:
-            plain = json.loads(path.read_text(encoding='utf-8'))
-            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()})
+            plain: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
+            frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+            return cls(**frozen)
         except FileNotFoundError:
             raise InputError(f'{folder} was never started as a run of stage 2: {path} is missing') from None
         except (ValueError, TypeError) as error:
@@ -320,7 +321,9 @@ class Sampler:
         """Volumes of a class, float32 `[D, H, W]` in (-1, 1), in the order of `indices`."""
         yield from self.decode(self.tokens(np.full(len(indices), label), indices))
 
-    def tokens(self, labels: np.ndarray, indices: Sequence[int], given: np.ndarray | None = None) -> np.ndarray:
+    def tokens(
+        self, labels: Sequence[int] | np.ndarray, indices: Sequence[int], given: np.ndarray | None = None
+    ) -> np.ndarray:
         """Draws tokens.
 
         Args:
@@ -335,14 +338,14 @@ class Sampler:
             InputError: a label is not one of the model's classes.
         """
         shape = len(indices), math.prod(self._vqgan.grid)
-        labels, indices = np.asarray(labels, np.int32), np.asarray(indices, np.uint32)
+        of_class, of_sample = np.asarray(labels, np.int32), np.asarray(indices, np.uint32)
         if len(labels) and not 0 <= min(labels) <= max(labels) < self._classes:
             raise InputError(f'labels {min(labels)} to {max(labels)}: the model knows classes 0 to {self._classes - 1}')
         given = np.full(shape, UNKNOWN, np.int32) if given is None else np.asarray(given, np.int32)
         result = np.zeros(shape, np.int32)
-        for places in self._places(indices):
+        for places in self._places(of_sample):
             # Where nothing is wanted, the last sample is drawn once more: rows do not see each other.
-            rows = labels[places], indices[places], given[places]
+            rows = of_class[places], of_sample[places], given[places]
             drawn = partitioning.gather(self._draw_tokens((self._params, self._seed), *rows))
             result[places[places >= 0]] = drawn[places >= 0]
         return result
@@ -368,15 +371,15 @@ class Sampler:
 
     @functools.cached_property
     def _draw_tokens(self) -> Callable:
-        def draw(params_and_seed, label, index, given):
-            rows = *params_and_seed, label, index, given
-            return decoding.sample(self._model, *rows, self._vqgan.model.codes, self._sampling)
+        def draw(whole: tuple[Any, jax.Array], label: jax.Array, index: jax.Array, given: jax.Array) -> jax.Array:
+            codes = self._vqgan.model.codes
+            return decoding.sample(self._model, *whole, label, index, given, codes, self._sampling)
 
         return partitioning.on_each_device(draw, self._mesh)
 
     @functools.cached_property
     def _decode(self) -> Callable:
-        def decode(variables, tokens):
+        def decode(variables: Any, tokens: jax.Array) -> jax.Array:
             return jax.lax.map(lambda one: self._vqgan.decode(variables, one[None])[0], tokens)
 
         return partitioning.on_each_device(decode, self._mesh)

@@ -160,7 +160,7 @@ def _forget_config_of_nothing(folder: Path) -> None:
 
 def _flat(plain: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     """Nested dicts as one, with dotted names."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in plain.items():
         if isinstance(value, dict):
             flat |= _flat(value, f'{prefix}{name}.')

@@ -6,6 +6,7 @@ halves all sides.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -64,7 +65,17 @@ class ResNet3D(nn.Module):
         return nn.Dense(self.classes, kernel_init=uniform_fan_in, name='head')(x)
 
 
-def _block(net, x, name, kernels, inner, outer, stride, conv, norm) -> jax.Array:
+def _block(
+    net: ResNet3D,
+    x: jax.Array,
+    name: str,
+    kernels: tuple[int, ...],
+    inner: int,
+    outer: int,
+    stride: int,
+    conv: Callable,
+    norm: Callable,
+) -> jax.Array:
     """A residual block: convolutions of these kernel sizes, the first of size 3 with the stride."""
     hidden, strided = x, kernels.index(3)
     for number, size in enumerate(kernels):

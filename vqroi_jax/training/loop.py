@@ -132,7 +132,7 @@ def train(task: TrainingTask, training: ConfigDict, workdir: Path) -> State:
     with Checkpoints(workdir, training) as checkpoints:
         restored = checkpoints.restore(task.state)
         iterator = task.batches.iterator()
-        tally, problems = _Tally(), []
+        tally, problems = _Tally(), list[str]()
         if restored:
             task.state, loop, problems = restored
             iterator.set_state(loop['iterator'])
@@ -158,7 +158,7 @@ def write_parameters(workdir: Path, params: Any) -> None:
     (workdir / 'parameters.txt').write_text(f'{overview}\n', encoding='utf-8')
 
 
-def last_evaluation(workdir: Path) -> Metrics:
+def last_evaluation(workdir: Path) -> dict[str, float | None]:
     """What `evaluate` last returned in a run; empty if it never did. A number that was not finite is None."""
     rows = [row for row in read_metrics(workdir / METRICS_FILE) if not any(name.startswith('train/') for name in row)]
     return {name: value for name, value in rows[-1].items() if name != 'step'} if rows else {}
@@ -199,9 +199,7 @@ class _Clock:
     """Time spent on training steps alone: what is outside of them (evaluation, figures, checkpoints) stops it."""
 
     def __init__(self):
-        self._since = time.perf_counter()
-        self._seconds = 0.0
-        self.steps = 0  # of which the metrics have arrived
+        self.restart()
 
     def elapsed(self) -> float:
         """Seconds since the last restart."""
@@ -212,7 +210,9 @@ class _Clock:
         return self.steps / self.elapsed() if self.steps else None
 
     def restart(self) -> None:
-        self.__init__()
+        self._since = time.perf_counter()
+        self._seconds = 0.0
+        self.steps = 0  # of which the metrics have arrived
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -409,9 +409,9 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
         return
     caught = threading.Event()
 
-    def note(number: int, _) -> None:
+    def note(number: int, _: object) -> None:
         caught.set()
-        signal.signal(number, before[number])  # a second Ctrl-C interrupts at once
+        signal.signal(number, before[signal.Signals(number)])  # a second Ctrl-C interrupts at once
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers

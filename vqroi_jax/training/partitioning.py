@@ -6,7 +6,7 @@ batch is a sum over all devices and hosts.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -103,8 +103,15 @@ def check_batch(field: str, batch_size: int, micro_batches: int, mesh: Mesh) -> 
         )
 
 
-def this_process() -> dict[str, int]:
-    """Which of the run's processes this is, as `vqroi_jax.data.pipeline` takes it."""
+class Process(TypedDict):
+    """One of a run's processes, as `vqroi_jax.data.pipeline` takes it."""
+
+    process_index: int
+    process_count: int
+
+
+def this_process() -> Process:
+    """Which of the run's processes this is."""
     return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
 
 
@@ -144,7 +151,7 @@ def on_each_device(function: Callable, mesh: Mesh) -> Callable:
         return mapped(whole, arrays)
 
     def call(whole, *arrays):
-        placed = [jax.make_array_from_callback(a.shape, split, lambda part, a=a: a[part]) for a in arrays]
+        placed = [jax.make_array_from_callback(a.shape, split, a.__getitem__) for a in arrays]
         return jitted(whole, tuple(placed))
 
     return call
