@@ -25,7 +25,7 @@ setup(
     license_files=['LICENSE'],
     python_requires='>=3.11',
     packages=find_packages(include=['vqroi_jax', 'vqroi_jax.*']),
-    package_data={'vqroi_jax': ['py.typed', 'report.html.jinja']},
+    package_data={'vqroi_jax': ['model_card.md.jinja', 'py.typed', 'report.html.jinja']},
     install_requires=[
         'absl-py>=2.1',
         'array_record>=0.8.1',

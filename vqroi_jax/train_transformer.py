@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from vqroi_jax import masking, viz
+from vqroi_jax import masking, model_card, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.decoding import UNKNOWN
 from vqroi_jax.tokens import TokenSource, encode_cohort, find_cohort
@@ -72,6 +72,7 @@ def train(config: ConfigDict, folder: Path) -> None:
             f'{mesh.devices.size} {mesh.devices.flat[0].platform} device(s); {recipe.masking.length} tokens of '
             f'{vqgan.model.codes} codes, {batches.steps_per_epoch:g} steps an epoch.'
         )
+    describe = model_card.keep(folder, config, cohort, batches.steps_per_epoch, state.params, facts)
     held_out = sources['val']
     if not len(held_out):
         print('warning: no held-out patients, so no validation and no best checkpoint; figures show training ROIs')
@@ -88,6 +89,7 @@ def train(config: ConfigDict, folder: Path) -> None:
         put_batch=lambda rows: partitioning.put_batch(rows, mesh),
         evaluate=make_evaluation(recipe, held_out, cohort.classes, mesh) if len(held_out) else None,
         figures=make_figures(recipe, sampler, sources[shown], cohort),
+        describe=describe,
         headline=('loss', 'top1'),
     )
     loop.train(task, config.training, folder)

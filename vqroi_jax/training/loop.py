@@ -59,6 +59,7 @@ class TrainingTask:
         before_step: from (updates done, state) to state: what happens at fixed steps outside of the jitted step. It
             must depend on nothing else, so that a resumed run does the same.
         warn: from the means of an interval to lines that the user should read, e.g. that the codebook collapses.
+        describe: called with the step after every checkpoint, for what the folder says of itself.
         headline: names of the step's metrics that progress shows.
     """
 
@@ -70,6 +71,7 @@ class TrainingTask:
     figures: Callable[[State], dict[str, Figure]] | None = None
     before_step: Callable[[int, State], State] | None = None
     warn: Callable[[Metrics], list[str]] | None = None
+    describe: Callable[[int], None] | None = None
     headline: tuple[str, ...] = ('loss',)
 
 
@@ -384,6 +386,8 @@ class _Loop:
     def _save(self, scores: Metrics) -> None:
         loop = {'iterator': self.iterator.get_state(), 'tally': self.tally.to_json()}
         self.checkpoints.save(self.step, self.state, loop, scores)
+        if self.task.describe:
+            self.task.describe(self.step)
 
     def _stop(self, saved: bool) -> None:
         if not saved:
