@@ -25,12 +25,13 @@ setup(
     license_files=['LICENSE'],
     python_requires='>=3.11',
     packages=find_packages(include=['vqroi_jax', 'vqroi_jax.*']),
-    package_data={'vqroi_jax': ['model_card.md.jinja', 'py.typed', 'report.html.jinja']},
+    package_data={'vqroi_jax': ['*.jinja', 'py.typed']},
     install_requires=[
         'absl-py>=2.1',
         'array_record>=0.8.1',
         'clu>=0.0.12',
         'etils[epath]>=1.9.1',
+        'flatbuffers>=23.5.26',  # of jax.export, which does not bring it
         'flax>=0.12',
         'grain>=0.2.12',
         'jax>=0.8',

@@ -34,6 +34,7 @@ class Sampling:
     guidance: float = 0.0  # logits + guidance * (logits - logits of the null class)
     passes: int = 12  # of parallel decoding
     choice_temperature: float = 4.5  # noise on what parallel decoding is sure of, in the first pass
+    sub_batch: int = 16  # rows that are computed together; part of what a sample is, to the last bit
 
     @classmethod
     def read(cls, settings: ml_collections.ConfigDict, model: Transformer, codes: int, classes: int) -> 'Sampling':
@@ -58,6 +59,7 @@ class Sampling:
             ('guidance', 0 <= settings.guidance < math.inf, '0 (off) or more'),
             ('passes', settings.passes >= 1, '1 or more'),
             ('choice_temperature', 0 <= settings.choice_temperature < math.inf, '0 or more'),
+            ('sub_batch', settings.sub_batch >= 1, '1 row or more'),
         ):
             if not good:
                 raise InputError(f'sampling.{name}={settings[name]}: expected {expected}')

@@ -33,6 +33,7 @@ TASKS = {
     'transformer': 'vqroi_jax.train_transformer',
     'demo': 'vqroi_jax.demo',
     'generate': 'vqroi_jax.generate',
+    'export': 'vqroi_jax.export',
     'evaluate': 'vqroi_jax.evaluate',
     'classifier': 'vqroi_jax.train_classifier',
 }

@@ -9,14 +9,13 @@ from typing import Any
 
 import flax
 import jax
-import jinja2
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vqroi_jax.code_version import code_version
 from vqroi_jax.data.pipeline import PreparedCohort
 from vqroi_jax.data.splits import SPLITS, count_patients
-from vqroi_jax.report import number
+from vqroi_jax.templates import render_text
 from vqroi_jax.trained import Stage1Facts
 from vqroi_jax.training.checkpoints import saved_steps
 from vqroi_jax.training.durations import to_steps
@@ -76,22 +75,6 @@ _MEANINGS = {  # of the validation's figures, by task
         'top1': 'share of corrupted tokens told exactly',
     },
 }
-
-
-def _cell(value: object) -> str:
-    """Text that stays within a cell of a Markdown table."""
-    return str(value).replace('|', '\\|').replace('\n', ' ')
-
-
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader('vqroi_jax', '.'),
-    autoescape=False,  # Markdown, not HTML
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
-_ENVIRONMENT.filters |= {'cell': _cell, 'number': number}
 
 
 def keep(
@@ -154,7 +137,8 @@ def render(
         figure, _, label = name.removeprefix('val/').partition('/')
         figures.setdefault(figure, {})[label] = value
     flat = config.to_dict()
-    return _ENVIRONMENT.get_template(TEMPLATE).render(
+    return render_text(
+        TEMPLATE,
         stage=1 if task == 'vqgan' else 2,
         synthetic=report['synthetic'],
         report=report,

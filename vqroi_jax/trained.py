@@ -293,9 +293,7 @@ class Sampler:
         mesh: Mesh,
     ):
         self._sampling = Sampling.read(sampling, model, vqgan.model.codes, classes)
-        if sampling.sub_batch < 1:
-            raise InputError(f'sampling.sub_batch={sampling.sub_batch}: expected 1 row or more')
-        self._group, self._classes = sampling.sub_batch, classes
+        self._group, self._classes = self._sampling.sub_batch, classes
         self._model, self._vqgan, self._mesh = model, vqgan, mesh
         self._whole = partitioning.replicated(mesh)
         self.reseed(seed)
