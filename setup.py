@@ -52,6 +52,7 @@ setup(
         'test': TEST,
         'parity': [*TEST, 'monai>=1.5', 'torch>=2.6'],
         'convert': ['torch>=2.6'],
+        'docs': ['pdoc>=15'],
         'gpu': ['jax[cuda13]'],
         'tpu': ['jax[tpu]'],
         'notebooks': ['jupyterlab>=4.2'],

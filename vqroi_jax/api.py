@@ -1,4 +1,4 @@
-"""Finished runs from Python: what `import vqroi_jax` offers.
+"""Finished runs from Python: what `vqroi_jax.load` returns.
 
     a run's folder -> load -> Autoencoder (stage 1) or Generator (stage 2): arrays in, arrays out
 
@@ -22,30 +22,18 @@ from vqroi_jax.trained import Sampler, TrainedTransformer, TrainedVQGAN, load_tr
 from vqroi_jax.training import partitioning
 from vqroi_jax.workdir import read_config
 
-__all__ = ['Autoencoder', 'Generator', 'load']
+__all__ = ['Autoencoder', 'Generator', 'open_run']
 
 _LARGEST = 2**32 - 1  # of seeds and of the samples' numbers
 
 
-def load(workdir: str | Path, checkpoint: str | int = 'latest', vqgan_workdir: str | Path = '') -> 'Autoencoder':
-    """Opens a run.
-
-    Args:
-        workdir: folder of a run of `configs/vqgan.py` (stage 1) or `configs/transformer.py` (stage 2).
-        checkpoint: 'latest', 'best' or a step.
-        vqgan_workdir: for a run of stage 2, where its stage 1 is, if it was moved.
-
-    Returns:
-        A `Generator` for stage 2, an `Autoencoder` for stage 1.
-
-    Raises:
-        InputError: the folder holds no run of a stage, or no such checkpoint; or stage 1 is missing.
-    """
+def open_run(workdir: str | Path, checkpoint: str, vqgan_workdir: str) -> 'Autoencoder':
+    """What `vqroi_jax.load` does, once this module is imported."""
     task = read_config(Path(workdir).expanduser()).task
     if task == 'transformer':
-        return Generator(load_transformer(workdir, str(checkpoint), str(vqgan_workdir)))
+        return Generator(load_transformer(workdir, checkpoint, vqgan_workdir))
     if task == 'vqgan':
-        return Autoencoder(load_vqgan(workdir, str(checkpoint)))
+        return Autoencoder(load_vqgan(workdir, checkpoint))
     raise InputError(
         f"{workdir} is a run of the task {task!r}; give the folder of a run of stage 2 ('transformer') or 1 ('vqgan')"
     )
