@@ -230,6 +230,7 @@ def settings(**changes):
         'guidance': 0.0,
         'passes': 12,
         'choice_temperature': 4.5,
+        'sub_batch': ROWS,
     }
     return ml_collections.ConfigDict({**values, **changes})
 
@@ -244,6 +245,7 @@ def settings(**changes):
         ({'guidance': float('nan')}, 'sampling.guidance=nan: expected 0'),
         ({'passes': 0}, 'sampling.passes=0: expected 1'),
         ({'choice_temperature': -1.0}, 'sampling.choice_temperature=-1.0'),
+        ({'sub_batch': 0}, 'sampling.sub_batch=0: expected 1'),
     ],
     ids=str,
 )

@@ -231,7 +231,7 @@ def test_the_module_is_the_command(toy):
     assert done.stderr.count('\n') == 1
 
 
-@pytest.mark.parametrize('task', ['prepare', 'vqgan', 'demo'])
+@pytest.mark.parametrize('task', list(main.TASKS))
 def test_every_task_has_a_command(task):
     spec = importlib.util.find_spec(main.TASKS[task])
     assert spec is not None

@@ -49,9 +49,9 @@ class SmallClassifier(nn.Module):
             x = nn.relu(Conv3D(features, kernel_size=3, padding=1, kernel_init=nn.initializers.lecun_normal())(x))
             window = tuple(min(2, side) for side in x.shape[1:-1])
             x = nn.avg_pool(x, window, window)
-        features = x.reshape(len(x), -1)
-        x = nn.Dropout(_DROPOUT, deterministic=key is None)(features, rng=key)
-        return nn.Dense(self.classes)(x), features
+        seen = x.reshape(len(x), -1)
+        x = nn.Dropout(_DROPOUT, deterministic=key is None)(seen, rng=key)
+        return nn.Dense(self.classes)(x), seen
 
 
 def train(volumes: np.ndarray, labels: np.ndarray, classes: int, seed: int = 0, epochs: int = EPOCHS) -> Any:

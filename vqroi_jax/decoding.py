@@ -34,6 +34,7 @@ class Sampling:
     guidance: float = 0.0  # logits + guidance * (logits - logits of the null class)
     passes: int = 12  # of parallel decoding
     choice_temperature: float = 4.5  # noise on what parallel decoding is sure of, in the first pass
+    sub_batch: int = 16  # rows that are computed together; part of what a sample is, to the last bit
 
     @classmethod
     def read(cls, settings: ml_collections.ConfigDict, model: Transformer, codes: int, classes: int) -> 'Sampling':
@@ -58,6 +59,7 @@ class Sampling:
             ('guidance', 0 <= settings.guidance < math.inf, '0 (off) or more'),
             ('passes', settings.passes >= 1, '1 or more'),
             ('choice_temperature', 0 <= settings.choice_temperature < math.inf, '0 or more'),
+            ('sub_batch', settings.sub_batch >= 1, '1 row or more'),
         ):
             if not good:
                 raise InputError(f'sampling.{name}={settings[name]}: expected {expected}')
@@ -72,6 +74,37 @@ class Sampling:
 def method_of(model: Transformer) -> str:
     """How a model is sampled: 'autoregressive' or 'parallel'."""
     return 'autoregressive' if model.causal else 'parallel'
+
+
+def sample(
+    model: Transformer,
+    params: dict,
+    seed: jax.Array,
+    labels: jax.Array,
+    indices: jax.Array,
+    given: jax.Array,
+    codes: int,
+    sampling: Sampling,
+) -> jax.Array:
+    """Draws tokens by the model's own method, each sample from the key that its seed, class and index make.
+
+    Args:
+        model: of stage 2.
+        params: its parameters, unstacked if it is causal (see `autoregressive`).
+        seed: uint32 scalar.
+        labels: class numbers int32 `[B]`.
+        indices: uint32 `[B]`.
+        given: int32 `[B, L]`: tokens in [0, K) that are to stay, and `UNKNOWN` where to draw.
+        codes: in the codebook, K.
+        sampling: how to draw.
+
+    Returns:
+        int32 `[B, L]`, each in [0, K).
+    """
+    key = jax.random.key(seed)
+    keys = jax.vmap(lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i))(labels, indices)
+    method = autoregressive if model.causal else parallel
+    return method(model, params, keys, labels, given, codes, sampling)
 
 
 def keep_likely(logits: jax.Array, top_k: int = 0, top_p: float = 1.0) -> jax.Array:

@@ -4,6 +4,7 @@ Each stage is a run of its own in a subfolder, by the same code and with the sam
 The last one, `evaluation`, measures what the samples are worth beside phantoms that no training has seen.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,8 +43,9 @@ def _with(config: ConfigDict, **paths: Path) -> ConfigDict:
     return changed
 
 
-def reconstruction_table(figures: Mapping[str, float]) -> str:
-    """The validation's figures as lines of text: all held-out patients, then class by class."""
+def reconstruction_table(figures: Mapping[str, float | None]) -> str:
+    """The validation's figures as lines of text: all held-out patients, then class by class; 'nan' for None."""
+    finite = {name: math.nan if value is None else value for name, value in figures.items()}
     columns = (
         ('psnr', 'PSNR, dB'),
         ('psnr_box', 'in the box'),
@@ -54,7 +56,7 @@ def reconstruction_table(figures: Mapping[str, float]) -> str:
     labels = sorted(name.split('/')[2] for name in figures if name.startswith('val/psnr/'))
     lines = ['', 'Reconstructions of held-out phantoms', f'{"":8}' + ''.join(f'{title:>13}' for _, title in columns)]
     for label in ('', *labels):
-        values = (figures[f'val/{name}' + (f'/{label}' if label else '')] for name, _ in columns)
+        values = (finite[f'val/{name}' + (f'/{label}' if label else '')] for name, _ in columns)
         lines.append(f'{label or "all":8}' + ''.join(f'{value:13.3f}' for value in values))
-    lines.append(f'codes in use: {figures["val/live_codes"]:.0%}, perplexity {figures["val/perplexity"]:.0f}\n')
+    lines.append(f'codes in use: {finite["val/live_codes"]:.0%}, perplexity {finite["val/perplexity"]:.0f}\n')
     return '\n'.join(lines)

@@ -174,7 +174,6 @@ def check_disjoint(test: Rois, parts: Mapping[str, Part], start: transfer.Weight
     Raises:
         InputError: naming one that is.
     """
-    learnt = start.patients if start else frozenset()
     for part in parts.values():
         for rois in (part.train, part.validation):
             if shared := test.patients & rois.patients:
@@ -183,9 +182,9 @@ def check_disjoint(test: Rois, parts: Mapping[str, Part], start: transfer.Weight
         assert not {tuple(row) for row in part.train.rows} & {tuple(row) for row in part.validation.rows}
         assert not part.train.patients & parts['finetune'].validation.patients
     for rois, what in ((test, 'tested'), (parts['finetune'].validation, 'validated')):
-        if shared := learnt & rois.patients:
+        if start and (known := start.patients & rois.patients):
             raise InputError(
-                f'{start.fact}: its weights were learnt from patient {min(shared)}, on whom a run would be {what}; '
+                f'{start.fact}: its weights were learnt from patient {min(known)}, on whom a run would be {what}; '
                 'take weights that were learnt from other patients, or from synthetic ROIs alone'
             )
 

@@ -91,7 +91,7 @@ def plane_features(volumes: np.ndarray, plane: str, slices: int, keep_empty: boo
         images = np.moveaxis(np.stack(some), axis + 1, 1)  # [b, slices, rows, columns]
         # Always as many rows, so that one program does for all.
         padded = np.pad(images, [(0, step - len(images)), *[(0, 0)] * 3])
-        seen = np.asarray(network.see(network.weights, padded.reshape(-1, *images.shape[2:])))
+        seen = np.asarray(network.see(network.weights, jnp.asarray(padded.reshape(-1, *images.shape[2:]))))
         parts.append(seen.reshape(step, slices, -1)[: len(images)])
     return np.concatenate(parts)
 

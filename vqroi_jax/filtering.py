@@ -4,13 +4,16 @@ Written as shifted additions they are what compilers fuse into one another over 
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Border = Literal['valid', 'symmetric', 'edge']
 
-def filter_matrix(side: int, taps: Sequence[float], border: str) -> np.ndarray:
+
+def filter_matrix(side: int, taps: Sequence[float], border: Border) -> np.ndarray:
     """A filter of a row of voxels as a matrix.
 
     Args:

@@ -173,7 +173,7 @@ def generate(
     sampler = transformer.sampler(config.sampling, config.seed, partitioning.make_mesh(config.mesh.data))
     store, missing = None, np.zeros((len(labels), config.number), bool)
     if is_primary():
-        _warn_of_spacing(transformer.spacing, {'reference': reference, 'paste.brain': host and host.affine})
+        _warn_of_spacing(transformer.spacing, {'reference': reference, 'paste.brain': host.affine if host else None})
         store = _Store(transformer, config, folder, reference, host)
         missing = np.array([[not store.has(label, index) for index in range(config.number)] for label in labels])
         require_space(folder, store.bytes_needed(int(missing.sum())), f'writing {missing.sum()} samples')
@@ -246,7 +246,7 @@ class _Store:
 
     def bytes_needed(self, number: int) -> int:
         """The disk space that so many more samples will take, roughly."""
-        pasted = len(samples.pack(self._pasted_image(self._host.brain))) if self._host else 0
+        pasted = len(samples.pack(_pasted_image(self._host, self._host.brain))) if self._host else 0
         return number * (int(self._voxels * _PACKED_VOXEL) + pasted) + _DISK_RESERVE
 
     def add(self, label: str, index: int, volume: np.ndarray) -> None:
@@ -270,11 +270,8 @@ class _Store:
         self.empty += not tumour.any()
         images = [samples.make_nifti(to_nifti(values), self._affine, DESCRIPTION)]
         if self._host:
-            images.append(self._pasted_image(self._host.paste(volume, tumour)))
+            images.append(_pasted_image(self._host, self._host.paste(volume, tumour)))
         self._write(self._row(label, index), images)
-
-    def _pasted_image(self, brain: np.ndarray) -> nibabel.Nifti1Image:
-        return samples.make_nifti(to_nifti(brain), self._host.affine, PASTED_DESCRIPTION)
 
     def _write(self, row: Mapping[str, str], images: Sequence[nibabel.Nifti1Image]) -> None:
         """Writes those files of a sample that are not there, then its row; all or nothing."""
@@ -320,6 +317,10 @@ class _Store:
     def _paths(self, row: Mapping[str, str]) -> list[Path]:
         """The files of a sample."""
         return [self._folder / row[name] for name in (samples.KEY, 'pasted') if row[name]]
+
+
+def _pasted_image(host: Host, brain: np.ndarray) -> nibabel.Nifti1Image:
+    return samples.make_nifti(to_nifti(brain), host.affine, PASTED_DESCRIPTION)
 
 
 def sample_file(label: str, index: int, number: int) -> str:

@@ -32,7 +32,8 @@ def _taps(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The neighbour before, the voxel itself and the neighbour after, along an axis, with zeros outside."""
     size = x.shape[axis]
     padded = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(x.ndim)])
-    return tuple(jax.lax.slice_in_dim(padded, start, start + size, axis=axis) for start in range(3))
+    before, here, after = (jax.lax.slice_in_dim(padded, start, start + size, axis=axis) for start in range(3))
+    return before, here, after
 
 
 def _smooth(x: jax.Array, axis: int) -> jax.Array:

@@ -33,6 +33,7 @@ TASKS = {
     'transformer': 'vqroi_jax.train_transformer',
     'demo': 'vqroi_jax.demo',
     'generate': 'vqroi_jax.generate',
+    'export': 'vqroi_jax.export',
     'evaluate': 'vqroi_jax.evaluate',
     'classifier': 'vqroi_jax.train_classifier',
 }
@@ -129,7 +130,7 @@ def load_config(path: str) -> ConfigDict:
     if not Path(name).is_file():
         raise InputError(f'--config={path}: there is no file {name}')
     spec = importlib.util.spec_from_file_location('config', name)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise InputError(f'--config={path}: {name} is not a Python file')
     module = importlib.util.module_from_spec(spec)
     try:
@@ -165,14 +166,14 @@ def override(config: ConfigDict, argv: list[str]) -> None:
         config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
         unknown = values(argv)[1:]
     except flags.IllegalFlagValueError as error:
-        name = re.match(r'flag --config\.([^=]*)=', str(error))[1]
+        name = str(error).removeprefix('flag --config.').partition('=')[0]
         kind = type(before[name]).__name__
         raise InputError(f'{error}; a value of type {kind} is expected, such as {before[name]!r}') from None
     except flags.Error as error:
         raise InputError(str(error)) from None
     if unknown:
         raise InputError(f'{unknown[0]!r} is not an argument; set a field with --config.FIELD=VALUE')
-    for name, value in values['config'].override_values.items():
+    for name, value in config_flags.get_override_values(values['config']).items():
         _check_tuple(name, value, before[name])
 
 

@@ -194,6 +194,7 @@ class Corruption(NamedTuple):
             if where is not None:
                 roles = jnp.where(where, jnp.int8(role), roles)
         if random is not None:
+            assert codes is not None, 'random marks need codes'
             tokens = jnp.where(roles == Role.RANDOM, codes, tokens)
         masked = (roles != Role.KEPT) & (roles != Role.RANDOM)
         return cls(jnp.where(masked, settings.codes, tokens).astype(jnp.int32), roles)

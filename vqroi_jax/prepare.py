@@ -32,7 +32,7 @@ from vqroi_jax.data.pipeline import (
     open_cohort,
 )
 from vqroi_jax.data.roi import scale
-from vqroi_jax.data.splits import SPLITS, split_patients, write_splits
+from vqroi_jax.data.splits import SPLITS, count_patients, split_patients, write_splits
 from vqroi_jax.errors import InputError
 from vqroi_jax.workdir import open_workdir, require_space, write_atomically
 
@@ -117,7 +117,7 @@ def _prepare_in(scratch: Path, folder: Path, cohort: Cohort, data: ConfigDict, r
     }
     splits, warnings = split_patients([scan for scan, _ in usable.values()], cohort.classes, data.split)
     records = {
-        name: [(scan.id, scan.patient, scan.label, path) for scan, path in map(usable.get, ids)]
+        name: [(scan.id, scan.patient, scan.label, path) for scan, path in map(usable.__getitem__, ids)]
         for name, ids in splits.items()
         if ids
     }
@@ -185,8 +185,8 @@ def _class_lines(report: Mapping) -> list[str]:
         rows.append(('all', set(report['classes'])))
     for title, classes in rows:
         scans = [scan for scan in report['scans'] if scan['label'] in classes]
-        of_split = [{scan['patient'] for scan in scans if scan['split'] == name} for name in SPLITS]
-        counts = [*map(len, of_split), len(set().union(*of_split))]
+        of_split = count_patients(scans).values()
+        counts = [*of_split, sum(of_split)]  # a patient is in one split
         volumes = [scan['tumour_ml'] for scan in scans]
         line = f'{title:16}' + ''.join(f'{count:7d}' for count in counts)
         if volumes:

@@ -161,7 +161,7 @@ def _inline(picture: Figure) -> str:
 
 
 def _flat(settings: Mapping, prefix: str = '') -> dict[str, object]:
-    flat = {}
+    flat: dict[str, object] = {}
     for name, value in settings.items():
         flat |= _flat(value, f'{prefix}{name}.') if isinstance(value, Mapping) else {prefix + name: value}
     return flat

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -107,7 +108,8 @@ def _encode(vqgan: TrainedVQGAN, sources: dict[str, RoiSource], mesh: Mesh) -> d
     """ROI by ROI on each device, so that tokens do not depend on how many there are."""
     variables = jax.device_put(vqgan.variables, partitioning.replicated(mesh))
     encode = partitioning.on_each_device(vqgan.encode, mesh)
-    rows, length, arrays = mesh.shape['data'], int(np.prod(vqgan.grid)), {}
+    rows, length = mesh.shape['data'], int(np.prod(vqgan.grid))
+    arrays: dict[str, np.ndarray] = {}
     total = sum(map(len, sources.values()))
     with tqdm(total=total, desc='encoding', unit='ROI', disable=None if is_primary() else True) as bar:
         for name, source in sources.items():
@@ -123,7 +125,7 @@ def _encode(vqgan: TrainedVQGAN, sources: dict[str, RoiSource], mesh: Mesh) -> d
     return arrays
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _save(path: Path, arrays: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix='.npz', delete=False) as file:

@@ -49,7 +49,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             parts = {(name, number): plan(config, name, number, sets) for name in arms for number in range(config.runs)}
             for (name, _), run_parts in parts.items():
                 check_disjoint(test, run_parts, starts[name])
-            results = {name: [] for name in arms}
+            results: dict[str, list[dict]] = {name: [] for name in arms}
             for (name, number), run_parts in parts.items():
                 where = folder / 'parts' / name / f'run_{number}'
                 results[name].append(run_arm(config, name, number, run_parts, test, where, mesh, starts[name]))
@@ -59,7 +59,8 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                 found['test'] = counted(test)
                 for name, arm in found['arms'].items():
                     arm['rois'] = rois_of([parts[name, number] for number in range(config.runs)])
-                    arm['weights'] = starts[name] and starts[name].fact
+                    start = starts[name]
+                    arm['weights'] = start and start.fact
                 leave(found, folder)
 
 
@@ -171,6 +172,7 @@ def run_arm(
         sizes = (report.sizes([counted(rois)]) for rois in (part.train, part.validation))
         print(f'{name}, run {number + 1} of {config.runs}, {stage}: ' + ', validated on '.join(sizes))
         weights, recipe = train_stage(config, config.arms[name], number, stage, part, folder / stage, mesh, weights)
+    assert weights is not None  # the last stage's
     rows = config.finetune.batch_size
     logits = logits_of(recipe, mesh, rows)(weights.params, weights.statistics, test)
     probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
@@ -236,7 +238,7 @@ def train_stage(
                 'validation': part.validation.ids,
             }
             write_atomically(folder / transfer.ROIS_FILE, json.dumps(learnt, indent=1) + '\n')
-        given = start and {'params': start.params, 'statistics': start.statistics}
+        given = {'params': start.params, 'statistics': start.statistics} if start else None
         state = classifier.create_state(recipe, part.train.sets[0].volumes.shape[1:], mesh, given)
         task = loop.TrainingTask(
             state=state,
@@ -247,8 +249,8 @@ def train_stage(
             headline=('loss', 'accuracy'),
         )
         loop.train(task, settings.training, folder)
-    step, learnt = read_checkpoint(folder, ('params', 'statistics'), 'best')
-    return transfer.Weights(**learnt, patients=frozenset(patients), fact=f'{folder}, step {step}'), recipe
+    step, best = read_checkpoint(folder, ('params', 'statistics'), 'best')
+    return transfer.Weights(**best, patients=frozenset(patients), fact=f'{folder}, step {step}'), recipe
 
 
 def logits_of(recipe: classifier.Recipe, mesh: Mesh, batch: int) -> Callable[..., np.ndarray]:
@@ -311,8 +313,12 @@ def summarise(config: ConfigDict, results: Mapping[str, Sequence[Mapping]], clas
                 for number, label in enumerate(classes)
                 if positive in (None, number)
             },
-            'confusion': sum(
-                classification.confusion(np.argmax(run['probabilities'], axis=1), labels, len(classes)) for run in runs
+            'confusion': np.sum(
+                [
+                    classification.confusion(np.argmax(run['probabilities'], axis=1), labels, len(classes))
+                    for run in runs
+                ],
+                axis=0,
             ).tolist(),
         }
         for number, label in enumerate(classes):

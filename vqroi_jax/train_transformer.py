@@ -5,6 +5,7 @@ finished stage 1 -> tokens and scores -> batches -> [the loop: step, validation,
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from vqroi_jax import masking, viz
+from vqroi_jax import masking, model_card, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.decoding import UNKNOWN
 from vqroi_jax.tokens import TokenSource, encode_cohort, find_cohort
@@ -71,6 +72,7 @@ def train(config: ConfigDict, folder: Path) -> None:
             f'{mesh.devices.size} {mesh.devices.flat[0].platform} device(s); {recipe.masking.length} tokens of '
             f'{vqgan.model.codes} codes, {batches.steps_per_epoch:g} steps an epoch.'
         )
+    describe = model_card.keep(folder, config, cohort, batches.steps_per_epoch, state.params, facts)
     held_out = sources['val']
     if not len(held_out):
         print('warning: no held-out patients, so no validation and no best checkpoint; figures show training ROIs')
@@ -87,6 +89,7 @@ def train(config: ConfigDict, folder: Path) -> None:
         put_batch=lambda rows: partitioning.put_batch(rows, mesh),
         evaluate=make_evaluation(recipe, held_out, cohort.classes, mesh) if len(held_out) else None,
         figures=make_figures(recipe, sampler, sources[shown], cohort),
+        describe=describe,
         headline=('loss', 'top1'),
     )
     loop.train(task, config.training, folder)
@@ -118,7 +121,7 @@ def make_evaluation(
     `perplexity`; and `top1`, the share of the corrupted tokens that are told exactly.
     """
 
-    def sums(params, batch: dict) -> dict[str, jax.Array]:
+    def sums(params: Any, batch: dict) -> dict[str, jax.Array]:
         key = jax.random.key(recipe.settings.seed)
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch['index'])
         example = transformer.make_example(recipe, keys, batch['tokens'], batch['scores'], batch['label'])
@@ -181,8 +184,9 @@ def make_figures(
         sampler.use(transformer.evaluation_params(state))
         drawn = sampler.tokens(np.tile(labels, 2), range(len(given)), given)
         volumes = np.stack(list(sampler.decode(np.concatenate([tokens, drawn]))))
-        parts = np.split(volumes, 3)
-        return {'completions': viz.completions(originals, *parts, scores, names, ids, spacing)}
+        reconstructed, completed, sampled = np.split(volumes, 3)
+        shown = viz.completions(originals, reconstructed, completed, sampled, scores, names, ids, spacing)
+        return {'completions': shown}
 
     return figures
 
@@ -193,5 +197,5 @@ def masking_figure(recipe: transformer.Recipe, source: TokenSource, classes: tup
     keys = jax.random.split(jax.random.key(recipe.settings.seed), len(shown))
     corrupt = jax.jit(masking.corrupt, static_argnums=3)
     roles = corrupt(keys, source.tokens[shown], source.scores[shown], recipe.masking).roles
-    grids = (np.asarray(part).reshape(-1, *recipe.masking.grid) for part in (source.scores[shown], roles))
-    return viz.masking(*grids, [classes[i] for i in source.labels[shown]], [source.ids[i] for i in shown])
+    scores, marks = (np.asarray(part).reshape(-1, *recipe.masking.grid) for part in (source.scores[shown], roles))
+    return viz.masking(scores, marks, [classes[i] for i in source.labels[shown]], [source.ids[i] for i in shown])

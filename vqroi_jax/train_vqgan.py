@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from vqroi_jax import viz
+from vqroi_jax import model_card, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.metrics import reconstruction as metrics
 from vqroi_jax.metrics.ssim import ssim
@@ -62,6 +62,7 @@ def train(config: ConfigDict, folder: Path) -> None:
             f'{batches.steps_per_epoch:g} steps an epoch.'
         )
 
+    describe = model_card.keep(folder, config, cohort, batches.steps_per_epoch, state.params)
     held_out = cohort.split('val')
     if not len(held_out):
         print('warning: no held-out patients, so no validation and no best checkpoint; figures show training ROIs')
@@ -84,6 +85,7 @@ def train(config: ConfigDict, folder: Path) -> None:
         evaluate=make_evaluation(recipe, look, cohort, mesh) if len(held_out) else None,
         figures=make_figures(recipe, look, cohort, 'val' if len(held_out) else 'train', mesh),
         before_step=before_step,
+        describe=describe,
         warn=lambda metrics: _codebook_warnings(metrics, config.codebook.codes),
         headline=('loss', 'l1', 'perplexity'),
     )
@@ -153,8 +155,8 @@ def make_evaluation(
 
     def evaluate(state: vqgan.VQGANState) -> dict[str, float]:
         variables, parts = vqgan.evaluation_variables(state), []
-        for batch in pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process()):
-            batch = partitioning.put_batch(batch, mesh)
+        for rows in pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process()):
+            batch = partitioning.put_batch(rows, mesh)
             parts.append(jax.device_get(sums(look(variables, batch['volume']), batch)))
         by_class, patients, tokens = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
         figures = {f'val/{name}': float(values.sum() / patients.sum()) for name, values in by_class.items()}

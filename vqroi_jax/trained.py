@@ -161,8 +161,9 @@ class Stage1Facts:
         """
         path = folder / STAGE1_FILE
         try:
-            plain = json.loads(path.read_text(encoding='utf-8'))
-            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()})
+            plain: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
+            frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+            return cls(**frozen)
         except FileNotFoundError:
             raise InputError(f'{folder} was never started as a run of stage 2: {path} is missing') from None
         except (ValueError, TypeError) as error:
@@ -292,17 +293,21 @@ class Sampler:
         mesh: Mesh,
     ):
         self._sampling = Sampling.read(sampling, model, vqgan.model.codes, classes)
-        if sampling.sub_batch < 1:
-            raise InputError(f'sampling.sub_batch={sampling.sub_batch}: expected 1 row or more')
-        self._group, self._seed, self._classes = sampling.sub_batch, seed, classes
+        self._group, self._classes = self._sampling.sub_batch, classes
         self._model, self._vqgan, self._mesh = model, vqgan, mesh
         self._whole = partitioning.replicated(mesh)
+        self.reseed(seed)
         self._variables = jax.device_put(vqgan.variables, self._whole)
 
     def use(self, params: Any) -> 'Sampler':
         """Draws with these parameters from now on, blocks stacked, wherever they are; returns itself."""
         params = jax.device_put(params, self._whole)
         self._params = jax.jit(unstack)(params) if self._model.causal else params
+        return self
+
+    def reseed(self, seed: int) -> 'Sampler':
+        """Draws with this seed from now on, 0 to 2**32 - 1; returns itself."""
+        self._seed = jax.device_put(np.uint32(seed), self._whole)
         return self
 
     @property
@@ -314,7 +319,9 @@ class Sampler:
         """Volumes of a class, float32 `[D, H, W]` in (-1, 1), in the order of `indices`."""
         yield from self.decode(self.tokens(np.full(len(indices), label), indices))
 
-    def tokens(self, labels: np.ndarray, indices: Sequence[int], given: np.ndarray | None = None) -> np.ndarray:
+    def tokens(
+        self, labels: Sequence[int] | np.ndarray, indices: Sequence[int], given: np.ndarray | None = None
+    ) -> np.ndarray:
         """Draws tokens.
 
         Args:
@@ -329,25 +336,21 @@ class Sampler:
             InputError: a label is not one of the model's classes.
         """
         shape = len(indices), math.prod(self._vqgan.grid)
-        labels, indices = np.asarray(labels, np.int32), np.asarray(indices, np.uint32)
+        of_class, of_sample = np.asarray(labels, np.int32), np.asarray(indices, np.uint32)
         if len(labels) and not 0 <= min(labels) <= max(labels) < self._classes:
             raise InputError(f'labels {min(labels)} to {max(labels)}: the model knows classes 0 to {self._classes - 1}')
         given = np.full(shape, UNKNOWN, np.int32) if given is None else np.asarray(given, np.int32)
         result = np.zeros(shape, np.int32)
-        for places in self._places(indices):
+        for places in self._places(of_sample):
             # Where nothing is wanted, the last sample is drawn once more: rows do not see each other.
-            rows = labels[places], indices[places], given[places]
-            drawn = partitioning.gather(self._draw_tokens(self._params, *rows))
+            rows = of_class[places], of_sample[places], given[places]
+            drawn = partitioning.gather(self._draw_tokens((self._params, self._seed), *rows))
             result[places[places >= 0]] = drawn[places >= 0]
         return result
 
     def decode(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """Volumes float32 `[D, H, W]` in (-1, 1) of tokens `[n, L]`, a batch in memory at a time."""
-        for start in range(0, len(tokens), self.rows):
-            part = tokens[start : start + self.rows]
-            padded = np.pad(part, ((0, self.rows - len(part)), (0, 0)), mode='edge')
-            volumes = partitioning.gather(self._decode(self._variables, padded.astype(np.int32)))
-            yield from volumes[: len(part)]
+        yield from partitioning.in_batches(self._decode, self._variables, tokens.astype(np.int32), self.rows)
 
     def _places(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         """For each call, int `[rows]`: the place in `indices` of the sample that stands in each row; -1 for none."""
@@ -366,18 +369,15 @@ class Sampler:
 
     @functools.cached_property
     def _draw_tokens(self) -> Callable:
-        method = decoding.autoregressive if self._model.causal else decoding.parallel
-
-        def draw(params, label, index, given):
-            key = jax.random.key(self._seed)
-            keys = jax.vmap(lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i))(label, index)
-            return method(self._model, params, keys, label, given, self._vqgan.model.codes, self._sampling)
+        def draw(whole: tuple[Any, jax.Array], label: jax.Array, index: jax.Array, given: jax.Array) -> jax.Array:
+            codes = self._vqgan.model.codes
+            return decoding.sample(self._model, *whole, label, index, given, codes, self._sampling)
 
         return partitioning.on_each_device(draw, self._mesh)
 
     @functools.cached_property
     def _decode(self) -> Callable:
-        def decode(variables, tokens):
+        def decode(variables: Any, tokens: jax.Array) -> jax.Array:
             return jax.lax.map(lambda one: self._vqgan.decode(variables, one[None])[0], tokens)
 
         return partitioning.on_each_device(decode, self._mesh)

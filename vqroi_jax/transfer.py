@@ -104,7 +104,7 @@ def from_medicalnet(
         if not name.startswith('conv_seg.') and not name.endswith('.num_batches_tracked')
     }
     torch_files.check(path, arrays, wanted, _described(model))
-    found = {'params': {}, 'batch_stats': {}}
+    found: dict[str, dict] = {'params': {}, 'batch_stats': {}}
     for name, (kind, layer, array) in places.items():
         value = arrays[name].astype(np.float32)
         found[kind].setdefault(layer, {})[array] = np.moveaxis(value, (0, 1), (-1, -2)) if array == 'kernel' else value

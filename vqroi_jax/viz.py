@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -50,7 +51,8 @@ def middle(volume: np.ndarray) -> tuple[int, int, int]:
     """Voxel of the tumour's centre of mass in a volume [D,H,W] with background -1; of an empty one, its middle."""
     tumour = volume > -1
     centre = ndimage.center_of_mass(tumour) if tumour.any() else [(side - 1) / 2 for side in volume.shape]
-    return tuple(round(float(place)) for place in centre)
+    depth, height, width = (round(float(place)) for place in centre)
+    return depth, height, width
 
 
 def slices(volume: np.ndarray, centre: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -99,7 +101,7 @@ def cohort(
     axes = page.axes(_MARGIN + 0.5, page.height - 2.5, min(page.width - 2 * _MARGIN - 0.5, 8.0), 1.8)
     _style(axes)
     largest = max((max(values, default=0.0) for values in tumour_volumes.values()), default=0.0)
-    edges = np.linspace(0, largest or 1.0, 25)
+    edges = np.linspace(0, largest or 1.0, 25).tolist()
     for (label, values), colour in zip(tumour_volumes.items(), itertools.cycle(_LINES), strict=False):
         median = f', median {np.median(values):.3g} mL' if len(values) else ''
         axes.hist(values, edges, color=colour, alpha=0.3)
@@ -235,7 +237,7 @@ def distributions(real: Mapping[str, Sequence[float]], made: Mapping[str, Sequen
     page = _Page(4.4 * len(real) + 0.4, 3.2)
     everything = np.concatenate([*real.values(), *made.values()])
     low, high = min(0.0, float(everything.min())), float(everything.max())
-    edges = np.linspace(low, high if high > low else low + 1, 25)
+    edges = np.linspace(low, high if high > low else low + 1, 25).tolist()
     for number, (label, values) in enumerate(real.items()):
         axes = _panel(page, number, label, quantity, '% of the class')
         distance = stats.ks_2samp(values, made[label]).statistic
@@ -366,7 +368,7 @@ def confusion(counts: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figur
     return page.figure
 
 
-def curves(rows: Sequence[Mapping[str, float | None]], names: Sequence[str] | None = None) -> Figure:
+def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> Figure:
     """Metrics over training steps, one panel a metric; `val/l1` shares the panel of `l1`.
 
     Args:
@@ -384,8 +386,8 @@ def curves(rows: Sequence[Mapping[str, float | None]], names: Sequence[str] | No
     columns = min(4, max(1, len(panels)))
     page = _Page(3.6 * columns + 0.4, 2.5 * max(1, -(-len(panels) // columns)) + 0.2)
     for number, (name, lines) in enumerate(panels.items()):
-        row, column = divmod(number, columns)
-        axes = page.axes(0.8 + 3.6 * column, 0.4 + 2.5 * row, 2.7, 1.6)
+        line_of, column = divmod(number, columns)
+        axes = page.axes(0.8 + 3.6 * column, 0.4 + 2.5 * line_of, 2.7, 1.6)
         _style(axes)
         axes.set_title(name.replace('_', ' '), color=_LIGHT, fontsize=_TEXT + 1, loc='left')
         axes.set_xlabel('step')
@@ -442,7 +444,8 @@ class _Page:
         bar = self.figure.colorbar(image, cax=self.axes(left, top, width, 0.12), orientation='horizontal')
         bar.set_label(name, color=_LIGHT, fontsize=_TEXT)
         bar.outline.set_visible(False)
-        bar.solids.set_alpha(1)
+        if bar.solids is not None:
+            bar.solids.set_alpha(1)
         bar.ax.tick_params(colors=_LIGHT, labelsize=_TEXT)
 
 
@@ -469,9 +472,9 @@ class _Cell:
     def height(self) -> float:
         return max(height for _, height in self.sizes)
 
-    def draw(self, axes: Axes, volume: np.ndarray, centre: Sequence[int], **style) -> AxesImage:
+    def draw(self, axes: Axes, volume: np.ndarray, centre: Sequence[int], **style: Any) -> AxesImage:
         """Draws the slices of a volume [D,H,W] through a voxel: grey from -1 to 1, if `style` does not say else."""
-        style = {'cmap': 'gray', 'vmin': -1, 'vmax': 1, 'interpolation': 'nearest'} | style
+        style = {'cmap': 'gray', 'vmin': -1, 'vmax': 1, 'interpolation': 'nearest', **style}
         left = 0.0
         for part, (width, height) in zip(slices(volume, centre), self.sizes, strict=True):
             image = axes.imshow(part, extent=(left, left + width, height, 0), aspect='auto', **style)
@@ -590,7 +593,7 @@ class _Strips:
         self.page.text(_MARGIN + _NAME, top + 0.32, text, _SMALL, _FAINT)
         return top + 0.4
 
-    def draw(self, top: float, name: str, grid: np.ndarray, style: Mapping[str, object]) -> AxesImage:
+    def draw(self, top: float, name: str, grid: np.ndarray, style: Mapping[str, Any]) -> AxesImage:
         """Draws the slices of one grid [d,h,w]."""
         self.page.text(_MARGIN, top + self.height / 2 + 0.05, name, _TEXT)
         for column, place in enumerate(self.shown):

@@ -135,7 +135,7 @@ def _lock(lock: Any, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _compiled_in(folder: Path) -> Iterator[None]:
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.read('jax_compilation_cache_dir') is not None:
         yield
         return
     jax.config.update('jax_compilation_cache_dir', str(folder.absolute() / COMPILED_FOLDER / _processor()))
@@ -190,7 +190,7 @@ def _forget_config_of_nothing(folder: Path) -> None:
 
 def _flat(plain: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     """Nested dicts as one, with dotted names."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in plain.items():
         if isinstance(value, dict):
             flat |= _flat(value, f'{prefix}{name}.')

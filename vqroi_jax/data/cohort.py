@@ -139,7 +139,7 @@ def find_cohort(data: ml_collections.ConfigDict) -> Cohort:
 def in_order(labels: Collection[str]) -> tuple[str, ...]:
     """Classes in the order of their numbers: LGG and HGG first, the others by name."""
     first = tuple(label for label in FIRST_CLASSES if label in labels)
-    return first + tuple(sorted(labels - set(first)))
+    return first + tuple(sorted(set(labels) - set(first)))
 
 
 def _split_off_unknown_classes(scans: list[Scan], classes: tuple[str, ...]) -> tuple[list[Scan], list[Problem]]:
@@ -224,7 +224,7 @@ def _manifest_scans(path: Path, data: ml_collections.ConfigDict) -> tuple[list[S
 
 def _read_grades(path: Path) -> dict[str, str]:
     """Reads id -> class; a patient named twice must have the same class twice."""
-    grades = {}
+    grades: dict[str, str] = {}
     for row in _read_csv(path, GRADES_COLUMNS):
         if row['label'] and grades.setdefault(row['id'], row['label']) != row['label']:
             raise InputError(f'{path}: {row["id"]} is {grades[row["id"]]} on one line and {row["label"]} on another')
@@ -251,7 +251,7 @@ def _read_name_mapping(paths: list[Path]) -> tuple[dict[str, str], dict[str, str
 def _walk(root: Path) -> Iterator[tuple[Path, tuple[str, ...], bool]]:
     """Yields each folder from `root` to `MAX_DEPTH`: path, names of its files, whether it has folders."""
 
-    def stop(error: OSError):
+    def stop(error: OSError) -> None:
         raise InputError(f'{error.filename}: cannot be read ({error.strerror})') from error
 
     for folder, folders, files in os.walk(root, followlinks=True, onerror=stop):

@@ -31,7 +31,7 @@ class SmoothField:
     """A smooth function of space: a cubic B-spline with `knots` float32 [a,b,c], `step` mm apart from `origin`."""
 
     knots: np.ndarray
-    origin: Sequence[float]
+    origin: Sequence[float] | np.ndarray
     step: float
 
     def at(self, axes: Sequence[np.ndarray]) -> np.ndarray:
@@ -203,7 +203,7 @@ class Brain:
 
 def draw_brain(rng: np.random.Generator, radius: float, push: float) -> Brain:
     """Draws a brain with room for a tumour of `radius` mm that pushes the tissue around it aside by `push` mm."""
-    knots = [np.arange(low, high, _STEP, np.float32) for low, high in _REACH]
+    knots = [np.arange(low, high, _STEP, dtype=np.float32) for low, high in _REACH]
     origin = np.array([k[0] for k in knots])
     scale = np.clip(rng.normal(1.0, 0.03, 3), 0.92, 1.08).astype(np.float32)
     centred = [(k - c) / s for k, c, s in zip(knots, CENTRE, scale, strict=True)]

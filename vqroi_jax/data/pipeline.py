@@ -13,6 +13,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -29,6 +30,23 @@ FORMAT = 1  # of cohort.json and the records: raise it when either changes
 Batch = dict[str, np.ndarray]
 
 _STREAM_ROWS = 2**50  # ROIs that a training stream holds: for ever
+
+
+class Source(Protocol):
+    """A split that batches are made of: ROIs, or what stands for them."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Names of its members."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: np.ndarray) -> Batch:
+        """The members at `index` int [b], stacked."""
 
 
 class RoiSource:
@@ -152,7 +170,7 @@ class Batches:
     A batch may span two epochs, and a split smaller than a batch goes round within it.
 
     Args:
-        source: The split: ROIs, or anything else with `name`, `ids`, a length and `load`.
+        source: The split.
         batch_size: Rows of a global batch, over all processes.
         seed: Of the shuffle; 0 to 2**32 - 1.
         shuffle: False keeps the order of the split.
@@ -166,7 +184,7 @@ class Batches:
 
     def __init__(
         self,
-        source: RoiSource,
+        source: Source,
         batch_size: int,
         seed: int,
         *,
@@ -206,7 +224,7 @@ class Batches:
 
 
 def eval_batches(
-    source: RoiSource,
+    source: Source,
     batch_size: int,
     *,
     process_index: int = 0,
@@ -230,8 +248,8 @@ def eval_batches(
     """
     rows = process_rows(batch_size, process_index, process_count)
 
-    def load(batch: int) -> Batch:
-        position = np.arange(batch * batch_size, (batch + 1) * batch_size)[rows]
+    def load(number: int) -> Batch:
+        position = np.arange(number * batch_size, (number + 1) * batch_size)[rows]
         batch = source.load(np.minimum(position, len(source) - 1))
         return {**batch, 'weight': (position < len(source)).astype(np.float32)}
 
@@ -239,7 +257,7 @@ def eval_batches(
     return iter(batches.to_iter_dataset(_read_options(prefetch)))
 
 
-def first_of_each_class(labels: Sequence[int], number: int) -> np.ndarray:
+def first_of_each_class(labels: np.ndarray, number: int) -> np.ndarray:
     """Positions [up to `number`] of the first few of each class, as evenly as there are, in order."""
     turns = [np.sum(labels[:i] == label) for i, label in enumerate(labels)]  # of each within its class
     return np.sort(np.argsort(turns, kind='stable')[:number])

@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import nibabel
@@ -98,7 +99,7 @@ def to_nifti(volume: np.ndarray) -> np.ndarray:
     return volume.transpose(1, 2, 0)
 
 
-def scale(raw: np.ndarray, range: tuple[float, float]) -> np.ndarray:
+def scale(raw: np.ndarray, range: Sequence[float] | np.ndarray) -> np.ndarray:
     """Clips to `range` (minimum, maximum) and maps that to [-1, 1]; float32 of the same shape."""
     low, high = map(float, range)
     scaled = (np.clip(raw, low, high) - low) * (2 / (high - low)) - 1
@@ -226,13 +227,13 @@ def read_roi(scan: Scan, data: ml_collections.ConfigDict) -> Roi:
             '(depth, height, width); give a larger box, or data.oversize=crop to keep its middle',
         )
     whole = to_volume(image.stored)
-    stored, inside, offset = crop_roi(whole[box], tumour, size)
-    offset = tuple(start + side.start for start, side in zip(offset, box, strict=True))
+    stored, inside, (d, h, w) = crop_roi(whole[box], tumour, size)
+    offset = d + box[0].start, h + box[1].start, w + box[2].start
     values = image.values(stored[inside])
     finite = np.isfinite(values)
     background = _background(image, values[finite])
     exact = np.can_cast(image.stored.dtype, np.float32) and image.unscaled and not background
-    dtype = np.float32 if exact else np.float64
+    dtype = np.dtype(np.float32 if exact else np.float64)
     values = np.where(finite, values.astype(dtype) - background, 0)  # of the tumour's voxels in the box
     high = float(values.max(initial=0))
     if high == 0 or (inside.all() and values.min() == high):
@@ -290,10 +291,11 @@ def _open(scan: Scan, path: Path) -> _Nifti:
         raise PatientError(scan.id, path, 'not a NIfTI file (.nii or .nii.gz)')
     try:
         image = kinds[0].from_bytes(content)
-        needed = int(image.dataobj.offset) + math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
+        stored_at: Any = image.dataobj  # a proxy of the bytes
+        needed = int(stored_at.offset) + math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
         if needed > len(content):  # before nibabel sets so much memory apart
             raise ValueError(f'{needed} bytes expected, {len(content)} there')
-        stored = image.dataobj.get_unscaled()
+        stored = stored_at.get_unscaled()
     except (OSError, ValueError, OverflowError, nibabel.spatialimages.HeaderDataError) as error:
         reason = ' '.join(str(error).split())  # nibabel's may have several lines
         raise PatientError(scan.id, path, f'truncated or damaged NIfTI file ({reason})') from error
@@ -307,12 +309,12 @@ def _open(scan: Scan, path: Path) -> _Nifti:
     return _Nifti(
         stored.reshape(shape[:3], order='F'),
         image.affine,
-        float(image.dataobj.slope),
-        float(image.dataobj.inter),
+        float(stored_at.slope),
+        float(stored_at.inter),
     )
 
 
-def _has_header(kind: type, content: bytes) -> bool:
+def _has_header(kind: type[nibabel.Nifti1Image], content: bytes) -> bool:
     return kind.header_class.may_contain_header(content[: kind.header_class.sizeof_hdr])
 
 

@@ -79,7 +79,7 @@ class RoiSet:
 
     def among(self, *splits: str) -> np.ndarray:
         """Rows of some splits."""
-        return np.flatnonzero(np.isin(self.splits, splits))
+        return np.flatnonzero(np.isin(self.splits or (), splits))
 
     def counts(self) -> dict[str, int]:
         """Number of ROIs by class."""
@@ -130,7 +130,8 @@ def open_sets(real: str, fake: str, settings: ConfigDict, folder: Path) -> Itera
     with tempfile.TemporaryDirectory(dir=folder, prefix='.volumes-') as scratch:
         raw = {name: _Raw.read(name, source, grid, Path(scratch)) for name, source in sources.items()}
         scales = _scales(raw, sources, settings.intensity)
-        yield tuple(_finish(sources[name], raw[name], scales[name], classes, grid[1]) for name in sources)
+        finished = {name: _finish(sources[name], raw[name], scales[name], classes, grid[1]) for name in sources}
+        yield finished['real'], finished['fake']
 
 
 @dataclasses.dataclass
@@ -302,7 +303,7 @@ class _Raw:
             split = source.splits[row] if source.splits else ''
             size = ' '.join(f'{mm:.4f}' for mm in there)
             digest.update(f'{source.ids[row]}\0{source.labels[row]}\0{split}\0{size}\0'.encode())
-            digest.update(np.ascontiguousarray(volume))
+            digest.update(np.ascontiguousarray(volume).data)
             volumes[row] = _on_grid(volume, there, shape, spacing)
             ranges[row] = volume.min(), volume.max()
         return cls(volumes, ranges, digest.hexdigest())
@@ -340,7 +341,8 @@ def _scales(raw: dict[str, _Raw], sources: dict[str, _Source], intensity: str) -
     """
     conventions = {name: part.convention for name, part in raw.items()}
     if intensity == 'as_is':
-        if None in conventions.values() or len(set(conventions.values())) > 1:
+        (one, *others) = set(conventions.values())
+        if one is None or others:
             ranges = ', '.join(
                 f'config.{name}={sources[name].path} in [{part.range[0]:g}, {part.range[1]:g}]'
                 for name, part in raw.items()
@@ -349,7 +351,7 @@ def _scales(raw: dict[str, _Raw], sources: dict[str, _Source], intensity: str) -
                 f'the intensities do not compare: {ranges}; expected both in [0, 1] or both in [-1, 1]. Give '
                 '--config.intensity=each to scale every ROI by its own largest intensity, as preparation does'
             )
-        return {name: np.tile(conventions[name], (len(part.ranges), 1)) for name, part in raw.items()}
+        return {name: np.tile(one, (len(part.ranges), 1)) for name, part in raw.items()}
     scales = {}
     for name, part in raw.items():
         low = np.full(len(part.ranges), -1.0) if conventions[name] == (-1, 1) else np.minimum(part.ranges[:, 0], 0)
@@ -373,7 +375,7 @@ def _finish(
         spacing=spacing,
         range=raw.range,
         patients=tuple(source.patients or source.ids),
-        splits=source.splits and tuple(source.splits),
+        splits=None if source.splits is None else tuple(source.splits),
         sha256=raw.sha256,
         facts=source.facts,
     )

@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -45,7 +46,7 @@ def split_patients(
         amount = split[field]
         if not (0 <= amount < 1 or (amount >= 1 and float(amount).is_integer())):
             raise InputError(f'data.split.{field}={amount}: expected a share below 1, or a whole number of patients')
-    label_of = {}  # of a patient
+    label_of: dict[str, str] = {}  # of a patient
     for scan in sorted(scans, key=lambda scan: scan.id):
         label_of.setdefault(scan.patient, scan.label)
     patients_of = defaultdict(list)
@@ -67,10 +68,22 @@ def split_patients(
         for position, patient in enumerate(patients):
             split_of[patient] = 'test' if position < test else 'val' if position < test + val else 'train'
     assert len({scan.id for scan in scans}) == len(scans), 'a cohort has every id once'
-    splits = {name: [] for name in SPLITS}
+    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     for scan in scans:
         splits[split_of[scan.patient]].append(scan.id)
     return {name: sorted(ids) for name, ids in splits.items()}, warnings
+
+
+def count_patients(scans: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Number of patients by split; one with several scans counts once.
+
+    Args:
+        scans: as `cohort.json` has them, with `patient` and `split`.
+    """
+    patients: dict[str, set[str]] = {name: set() for name in SPLITS}
+    for scan in scans:
+        patients[scan['split']].add(scan['patient'])
+    return {name: len(members) for name, members in patients.items()}
 
 
 def _rank(seed: int, patient: str) -> bytes:
@@ -108,7 +121,7 @@ def read_splits(path: Path) -> dict[str, list[str]]:
         raise InputError(f'{path}: {error}; {expected}') from error
     if not isinstance(splits, dict) or set(splits) != set(SPLITS):
         raise InputError(f'{path}: {expected}')
-    seen = {}
+    seen: dict[str, str] = {}
     for name in SPLITS:
         if not isinstance(splits[name], list) or not all(isinstance(scan, str) for scan in splits[name]):
             raise InputError(f'{path}: {name} is not a list of scan ids; {expected}')

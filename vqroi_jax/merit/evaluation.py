@@ -128,13 +128,11 @@ class Evaluation:
     def seen_by(self, network: features.Network) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """A network's features [n, slices, features] of the real and the synthetic set, by plane."""
         settings = self.config.slices
-        return {
-            plane: tuple(
-                features.plane_features(part.volumes, plane, settings.number, settings.empty == 'keep', network)
-                for part in (self.real, self.fake)
-            )
-            for plane in features.PLANES
-        }
+
+        def seen(part: RoiSet, plane: str) -> np.ndarray:
+            return features.plane_features(part.volumes, plane, settings.number, settings.empty == 'keep', network)
+
+        return {plane: (seen(self.real, plane), seen(self.fake, plane)) for plane in features.PLANES}
 
     @functools.cached_property
     def overall(self) -> np.ndarray:
@@ -158,7 +156,7 @@ class Evaluation:
         metric: str,
         label: str,
         values: Sequence[tuple[float, float]],
-        counts: Sequence[int],
+        counts: tuple[int, int],
         better: str,
         settings: str,
     ) -> None:

@@ -89,7 +89,7 @@ def measure_coverage(evaluation: Evaluation) -> None:
         k = min(evaluation.config.neighbours, sides.n - 1)
         rows = np.concatenate([sides.one, sides.other, first + sides.fake])
         overall = jnp.asarray(evaluation.overall[rows])
-        distances, n = np.asarray(mmd.squared_distances(overall, overall)), sides.n
+        distances, n = mmd.squared_distances(overall, overall), sides.n
         one, other, fake = slice(0, n), slice(n, 2 * n), slice(2 * n, 3 * n)
         found = [
             precision_recall_density_coverage(distances[one, one], distances[part, part], distances[one, part], k)
@@ -116,9 +116,9 @@ def measure_agreement(evaluation: Evaluation) -> None:
     ]
     text = f'a small CNN trained on real ROIs for {evaluation.config.classifier.epochs} epochs; floor: held-out ROIs'
     parts = {'': [np.concatenate(side) for side in right]}
-    parts |= dict(zip(evaluation.real.classes, zip(*right, strict=True), strict=True))
+    parts |= {label: [side[number] for side in right] for number, label in enumerate(evaluation.real.classes)}
     for label, of_sides in parts.items():
         shares = [float(np.mean(side)) for side in of_sides]
-        counts = [len(side) for side in of_sides]
+        counts = len(of_sides[0]), len(of_sides[1])
         values = [(share, 1.96 * math.sqrt(share * (1 - share) / n)) for share, n in zip(shares, counts, strict=True)]
         evaluation.add(AGREEMENT, label, values, counts, 'floor', text)

@@ -38,7 +38,7 @@ def measure_privacy(evaluation: Evaluation) -> None:
         nearest[name] = found.max(axis=1), candidates[np.arange(len(rows)), best], np.sqrt(seen.min(axis=1))
     limits = float(nearest['real'][0].max()), float(nearest['real'][2].min())
     text = f'among {len(training)} real ROIs; MS-SSIM of the {number} nearest in voxels'
-    counts = [len(nearest[side][0]) for side in ('fake', 'real')]
+    counts = len(nearest['fake'][0]), len(nearest['real'][0])
     for name, place in zip(NEAREST, (0, 2), strict=True):
         values = [
             evaluation.bootstrap(

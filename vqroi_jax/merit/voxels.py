@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def measure_mmd(evaluation: Evaluation) -> None:
 
         bandwidth = float(mmd.median_bandwidth(distances[: 2 * n, : 2 * n]))
         kernel = np.asarray(mmd.gaussian_kernel(distances, max(bandwidth, 1e-6)))
-        statistics = (
+        statistics: tuple[tuple[Callable[..., float], str], ...] = (
             (by_batches, f'batches of {batch}, {settings.repeats} times, [-1, 1]'),
             (functools.partial(mmd.linear, distances), 'voxels in [-1, 1], biased'),
             (
@@ -120,11 +121,11 @@ def measure_statistics(evaluation: Evaluation) -> None:
             medians = (np.median(real[evaluation.real.of(number)]), np.median(fake[evaluation.fake.of(number)]))
             text = f'KS distance; medians: real {medians[0]:.3g}, synthetic {medians[1]:.3g}'
             evaluation.compare(name, sides, _ks_distance, real, fake, text)
-        by_class = [
+        of_real, of_fake = (
             {label: quantities[name][part.of(i)] for i, label in enumerate(part.classes)}
             for quantities, part in zip(measured, (evaluation.real, evaluation.fake), strict=True)
-        ]
-        evaluation.pictures[name] = viz.distributions(*by_class, name)
+        )
+        evaluation.pictures[name] = viz.distributions(of_real, of_fake, name)
     histograms = [
         {label: quantities['histogram'][part.of(i)].mean(axis=0) for i, label in enumerate(part.classes)}
         for quantities, part in zip(measured, (evaluation.real, evaluation.fake), strict=True)

@@ -54,7 +54,7 @@ def figures(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     classes = probabilities.shape[1]
     counts = confusion(np.argmax(probabilities, axis=1), labels, classes)
     positives = [1] if classes == 2 else range(classes)
-    found = {'auc': [], 'f1': [], 'precision': [], 'recall': []}
+    found: dict[str, list[float]] = {'auc': [], 'f1': [], 'precision': [], 'recall': []}
     for number in positives:
         hits, told, there = counts[number, number], counts[:, number].sum(), counts[number].sum()
         found['auc'].append(auc(probabilities[:, number], labels == number).value)

@@ -6,13 +6,13 @@ Sources: Wang et al. 2004, *Image quality assessment: from error visibility to s
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqroi_jax.filtering import apply_filters, filter_matrix
+from vqroi_jax.filtering import Border, apply_filters, filter_matrix
 
 SIGMA = 1.5  # of the Gaussian window, voxels
 RADIUS = 5  # voxels on either side: 11 taps
@@ -23,7 +23,7 @@ _RELEASE_RADIUS = 6  # 13 taps, where SciPy cuts a Gaussian of this width off
 
 
 def _maps(
-    x: jax.Array, y: jax.Array, data_range: float, radius: int = RADIUS, border: str = 'valid'
+    x: jax.Array, y: jax.Array, data_range: float, radius: int = RADIUS, border: Border = 'valid'
 ) -> tuple[jax.Array, jax.Array]:
     """Similarity, and its part without luminance (contrast and structure), of each window: `[N, ...]` both."""
     taps = np.exp(-0.5 * np.square(np.arange(-radius, radius + 1) / SIGMA))
@@ -111,7 +111,7 @@ def ms_ssim(
     return math.prod(factors[:-1]) * factors[-1] ** power
 
 
-def _pooled(x: jax.Array, operation: np.ufunc) -> jax.Array:
+def _pooled(x: jax.Array, operation: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
     """Adds up, or joins by another operation, cubes of 2 x 2 x 2 voxels of `[N, D, H, W]`."""
     for axis in (1, 2, 3):
         stop = x.shape[axis] // 2 * 2

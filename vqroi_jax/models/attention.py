@@ -43,7 +43,8 @@ def _attend_forward(query, key, value, causal):
         return _native(query, key, value, causal), jnp.zeros((batch, heads, length), jnp.float32)
 
     def blocks(query, key, value):
-        result, log_sums = lax.map(lambda head: _head_forward(*head, causal), _by_head(query, key, value))
+        of_head = partial(_head_forward, causal=causal)
+        result, log_sums = lax.map(lambda head: of_head(*head), _by_head(query, key, value))
         return _from_heads(result, query), log_sums.reshape(query.shape[0], query.shape[2], -1)
 
     result, log_sums = lax.platform_dependent(query, key, value, cpu=blocks, default=native)
@@ -53,11 +54,12 @@ def _attend_forward(query, key, value, causal):
 def _attend_backward(causal, kept, gradient):
     def native(query, key, value, result, log_sums, gradient):
         del result, log_sums
-        return jax.vjp(lambda *arrays: _native(*arrays, causal), query, key, value)[1](gradient)
+        return jax.vjp(partial(_native, causal=causal), query, key, value)[1](gradient)
 
     def blocks(query, key, value, result, log_sums, gradient):
         heads = (*_by_head(query, key, value, result, gradient), log_sums.reshape(-1, log_sums.shape[-1]))
-        gradients = lax.map(lambda head: _head_backward(*head, causal), heads)
+        of_head = partial(_head_backward, causal=causal)
+        gradients = lax.map(lambda head: of_head(*head), heads)
         return tuple(_from_heads(part, query) for part in gradients)
 
     return lax.platform_dependent(*kept, gradient, cpu=blocks, default=native)

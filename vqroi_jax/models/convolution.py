@@ -122,13 +122,13 @@ def _gradients(x, kernel, gradient, stride, padding, wanted):
             (partial(_fold_volume, k=kernel.shape[0], stride=stride, padding=padding), x),
             (partial(_fold_kernel, stride=stride), kernel),
         )
-        folded = [fold(argument) for fold, argument in folds]
-        left = _folded_padding(stride, padding)
+        (fold_x, _), (fold_kernel, _) = folds
+        folded = fold_x(x), fold_kernel(kernel), gradient, _folded_padding(stride, padding)
         if stride == 1:
-            results = slab_convolution.gradients(*folded, gradient, left, wanted)
+            results = slab_convolution.gradients(*folded, wanted)
         else:  # apart: the windows cost little here, and the compiler can drop what the caller drops
-            x_gradient, _ = slab_convolution.gradients(*folded, gradient, left, (wanted[0], False))
-            _, kernel_gradient = slab_convolution.gradients(*folded, gradient, left, (False, wanted[1]))
+            x_gradient, _ = slab_convolution.gradients(*folded, (wanted[0], False))
+            _, kernel_gradient = slab_convolution.gradients(*folded, (False, wanted[1]))
             results = x_gradient, kernel_gradient
         return tuple(
             None if result is None else jax.linear_transpose(fold, argument)(result)[0]

@@ -141,7 +141,7 @@ def _middle(inner: int) -> Callable[..., Mixed]:
     return functools.partial(Mixed, branches, 192)
 
 
-_BLOCKS = {
+_BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'Mixed_5b': _fine(32),
     'Mixed_5c': _fine(64),
     'Mixed_5d': _fine(64),

@@ -86,7 +86,7 @@ class Codebook(nn.Module):
 class Assignments(NamedTuple):
     """Sums over the vectors that fell to each code: all that the moving averages need of a batch."""
 
-    count: jax.Array  # float32 [K]
+    vectors: jax.Array  # float32 [K], how many
     total: jax.Array  # float32 [K, C]
 
 
@@ -121,8 +121,8 @@ def update_codes(
     """
     direction = l2_normalise(assignments.total)  # of the sum, so of the mean
     moved = l2_normalise(decay * codes + (1 - decay) * direction)
-    used = assignments.count > 0
-    return jnp.where(used[:, None], moved, codes), decay * usage + (1 - decay) * assignments.count
+    used = assignments.vectors > 0
+    return jnp.where(used[:, None], moved, codes), decay * usage + (1 - decay) * assignments.vectors
 
 
 def restart_dead_codes(
@@ -170,7 +170,7 @@ def kmeans(key: jax.Array, normalised: jax.Array, size: int, rounds: int = 10) -
 
     def one_round(_, means):
         sums = assign(samples, nearest_codes(samples, means), size)
-        return jnp.where(sums.count[:, None] > 0, l2_normalise(sums.total), means)
+        return jnp.where(sums.vectors[:, None] > 0, l2_normalise(sums.total), means)
 
     return jax.lax.fori_loop(0, rounds, one_round, samples[start])
 

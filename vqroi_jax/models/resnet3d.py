@@ -6,6 +6,7 @@ published weights (MedicalNet) are of the same layers with other strides (`LAYOU
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -112,7 +113,18 @@ def is_head(name: str) -> bool:
     return name.startswith(HEAD)
 
 
-def _block(net, x, name, kernels, inner, outer, stride, dilation, conv, norm) -> jax.Array:
+def _block(
+    net: ResNet3D,
+    x: jax.Array,
+    name: str,
+    kernels: tuple[int, ...],
+    inner: int,
+    outer: int,
+    stride: int,
+    dilation: int,
+    conv: Callable,
+    norm: Callable,
+) -> jax.Array:
     """A residual block: convolutions of these kernel sizes, the first of size 3 with the stride, all such dilated."""
     hidden, strided = x, kernels.index(3)
     for number, size in enumerate(kernels):

@@ -31,8 +31,10 @@ def convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int) -> 
     Returns:
         [B, d, h, w, out] of the dtype of `x`.
     """
-    sides = tuple(side + 2 * padding - kernel.shape[0] + 1 for side in x.shape[1:4])
-    return _walk(x, kernel.shape[0], padding, sides, kernel=kernel, bias=bias)[0]
+    depth, height, width = (side + 2 * padding - kernel.shape[0] + 1 for side in x.shape[1:4])
+    products, _ = _walk(x, kernel.shape[0], padding, (depth, height, width), kernel=kernel, bias=bias)
+    assert products is not None, 'there is a kernel'
+    return products
 
 
 def gradients(
@@ -53,13 +55,13 @@ def gradients(
     Returns:
         Both, of the shapes and dtypes of `x` and `kernel`; None for what is not wanted.
     """
-    k = kernel.shape[0]
+    k, (depth, height, width) = kernel.shape[0], x.shape[1:4]
     flipped = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
     x_gradient, flipped_gradient = _walk(
         gradient,
         k,
         k - 1 - padding,
-        x.shape[1:4],
+        (depth, height, width),
         kernel=flipped if wanted[0] else None,
         bias=jnp.zeros(x.shape[-1:], x.dtype),
         companion=x if wanted[1] else None,

@@ -44,7 +44,7 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, *unused: object) -> None:
         if '_manager' in vars(self):
             self._manager.close()
 
@@ -92,7 +92,7 @@ class Checkpoints:
                 except Exception as error:  # Orbax raises whatever the reading of a damaged file happens to raise
                     unreadable[step] = _first_line(error)
                     continue
-            _set_aside(self._folder, unreadable)
+            _set_aside(self._folder, list(unreadable))
             lines = [
                 f'checkpoint {self._folder / str(bad)} cannot be read ({why}); set aside, going back to step {step}'
                 for bad, why in unreadable.items()
@@ -154,7 +154,7 @@ def best_step(workdir: str | Path) -> int:
                 scores[step] = metrics[training.best_metric]
     if not scores:
         raise InputError(f'{workdir}: no checkpoint has {training.best_metric}; take the latest, or train on')
-    return (min if training.best_mode == 'min' else max)(scores, key=scores.get)
+    return (min if training.best_mode == 'min' else max)(scores, key=scores.__getitem__)
 
 
 def read_checkpoint(
@@ -225,7 +225,8 @@ def _restore(checkpoint: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
 def _first_error_only() -> Iterator[None]:
     """Arrays are read side by side; where one cannot be, Python would print pages on each of the others."""
     hooks = sys.unraisablehook, sys.excepthook
-    sys.unraisablehook = sys.excepthook = lambda *unused: None
+    sys.unraisablehook = lambda unraisable: None
+    sys.excepthook = lambda kind, error, traceback: None
     try:
         yield
     finally:

@@ -75,7 +75,7 @@ def create_state(recipe: Recipe, roi_size: tuple[int, ...], mesh: Mesh, start: d
     def draw(key):
         return recipe.model.init(key, jnp.zeros((1, *roi_size, 1)))
 
-    def create(params, statistics) -> ClassifierState:
+    def create(params: Any, statistics: Any) -> ClassifierState:
         optimizer = recipe.optimizer.init(recipe.learning(params))
         return ClassifierState(jnp.zeros((), jnp.int32), params, statistics, optimizer)
 

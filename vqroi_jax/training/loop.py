@@ -59,6 +59,7 @@ class TrainingTask:
         before_step: from (updates done, state) to state: what happens at fixed steps outside of the jitted step. It
             must depend on nothing else, so that a resumed run does the same.
         warn: from the means of an interval to lines that the user should read, e.g. that the codebook collapses.
+        describe: called with the step after every checkpoint, for what the folder says of itself.
         headline: names of the step's metrics that progress shows.
     """
 
@@ -70,6 +71,7 @@ class TrainingTask:
     figures: Callable[[State], dict[str, Figure]] | None = None
     before_step: Callable[[int, State], State] | None = None
     warn: Callable[[Metrics], list[str]] | None = None
+    describe: Callable[[int], None] | None = None
     headline: tuple[str, ...] = ('loss',)
 
 
@@ -132,7 +134,7 @@ def train(task: TrainingTask, training: ConfigDict, workdir: Path) -> State:
     with Checkpoints(workdir, training) as checkpoints:
         restored = checkpoints.restore(task.state)
         iterator = task.batches.iterator()
-        tally, problems = _Tally(), []
+        tally, problems = _Tally(), list[str]()
         if restored:
             task.state, loop, problems = restored
             iterator.set_state(loop['iterator'])
@@ -158,7 +160,7 @@ def write_parameters(workdir: Path, params: Any) -> None:
     (workdir / 'parameters.txt').write_text(f'{overview}\n', encoding='utf-8')
 
 
-def last_evaluation(workdir: Path) -> Metrics:
+def last_evaluation(workdir: Path) -> dict[str, float | None]:
     """What `evaluate` last returned in a run; empty if it never did. A number that was not finite is None."""
     rows = [row for row in read_metrics(workdir / METRICS_FILE) if not any(name.startswith('train/') for name in row)]
     return {name: value for name, value in rows[-1].items() if name != 'step'} if rows else {}
@@ -199,9 +201,7 @@ class _Clock:
     """Time spent on training steps alone: what is outside of them (evaluation, figures, checkpoints) stops it."""
 
     def __init__(self):
-        self._since = time.perf_counter()
-        self._seconds = 0.0
-        self.steps = 0  # of which the metrics have arrived
+        self.restart()
 
     def elapsed(self) -> float:
         """Seconds since the last restart."""
@@ -212,7 +212,9 @@ class _Clock:
         return self.steps / self.elapsed() if self.steps else None
 
     def restart(self) -> None:
-        self.__init__()
+        self._since = time.perf_counter()
+        self._seconds = 0.0
+        self.steps = 0  # of which the metrics have arrived
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -384,6 +386,8 @@ class _Loop:
     def _save(self, scores: Metrics) -> None:
         loop = {'iterator': self.iterator.get_state(), 'tally': self.tally.to_json()}
         self.checkpoints.save(self.step, self.state, loop, scores)
+        if self.task.describe:
+            self.task.describe(self.step)
 
     def _stop(self, saved: bool) -> None:
         if not saved:
@@ -409,9 +413,9 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
         return
     caught = threading.Event()
 
-    def note(number: int, _) -> None:
+    def note(number: int, _: object) -> None:
         caught.set()
-        signal.signal(number, before[number])  # a second Ctrl-C interrupts at once
+        signal.signal(number, before[signal.Signals(number)])  # a second Ctrl-C interrupts at once
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 import matplotlib.image
 import numpy as np
@@ -54,7 +54,7 @@ class MetricWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, *unused: object) -> None:
         if self._active:
             self._file.close()
             self._events.close()
@@ -85,8 +85,11 @@ class MetricWriter:
             self._events.add_image(name, image, step, dataformats='HWC')
 
 
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Rows of a `metrics.jsonl`; a last line that was cut off by a crash is left out, a missing file has none."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl`: a number or None for each name.
+
+    A last line that was cut off by a crash is left out; a missing file has none.
+    """
     rows = []
     lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
     for line in lines:
@@ -119,7 +122,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, *unused: object) -> None:
         if self._bar is not None:
             self._bar.close()
 

@@ -5,8 +5,8 @@ arrays that a task's rules split along `model`. Everything is `jax.jit` over glo
 batch is a sum over all devices and hosts.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -103,8 +103,15 @@ def check_batch(field: str, batch_size: int, micro_batches: int, mesh: Mesh) -> 
         )
 
 
-def this_process() -> dict[str, int]:
-    """Which of the run's processes this is, as `vqroi_jax.data.pipeline` takes it."""
+class Process(TypedDict):
+    """One of a run's processes, as `vqroi_jax.data.pipeline` takes it."""
+
+    process_index: int
+    process_count: int
+
+
+def this_process() -> Process:
+    """Which of the run's processes this is."""
     return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
 
 
@@ -144,10 +151,30 @@ def on_each_device(function: Callable, mesh: Mesh) -> Callable:
         return mapped(whole, arrays)
 
     def call(whole, *arrays):
-        placed = [jax.make_array_from_callback(a.shape, split, lambda part, a=a: a[part]) for a in arrays]
+        placed = [jax.make_array_from_callback(a.shape, split, a.__getitem__) for a in arrays]
         return jitted(whole, tuple(placed))
 
     return call
+
+
+def in_batches(function: Callable, whole: Any, array: np.ndarray, rows: int) -> Iterator[Any]:
+    """The results of a function of `on_each_device` for each row of an array, a batch in memory at a time.
+
+    Args:
+        function: of `whole` and of `rows` rows.
+        whole: its first argument.
+        array: `[n, ...]`; the last batch is filled up with copies of its last row.
+        rows: that the function takes, a multiple of the devices.
+
+    Yields:
+        n times what the function returns, without the first axis, NumPy.
+    """
+    for start in range(0, len(array), rows):
+        part = array[start : start + rows]
+        padded = np.pad(part, [(0, rows - len(part)), *[(0, 0)] * (array.ndim - 1)], mode='edge')
+        results = gather(function(whole, padded))
+        for row in range(len(part)):
+            yield jax.tree.map(lambda result, row=row: result[row], results)
 
 
 def gather(tree: Any) -> Any:

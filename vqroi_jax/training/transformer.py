@@ -241,7 +241,7 @@ def gradients(recipe: Recipe, params: Any, example: Example) -> tuple[Any, Metri
     total = jnp.maximum(example.weight.sum(), 1.0)
     hidden = jnp.maximum(example.corrupted.sum(), 1)
 
-    def part_loss(params, part: Example):
+    def part_loss(params: Any, part: Example) -> tuple[jax.Array, Metrics]:
         logits = token_logits(recipe, params, part.ids)
         loss = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, part.target) * part.weight) / total
         right = jnp.sum((jnp.argmax(logits, axis=-1) == part.target) & part.corrupted) / hidden

@@ -195,8 +195,8 @@ class _Side(NamedTuple):
 
     rest: jax.Array  # [B, D, H, W, 1]: gradient at the reconstruction of all weighted terms but the adversarial one
     adversarial: jax.Array  # [B, D, H, W, 1]: that of the adversarial term, unweighted
-    l1_kernel: jax.Array  # gradient of L1 at the decoder's last kernel
-    adversarial_kernel: jax.Array  # that of the adversarial term
+    l1_kernel: Any  # gradient of L1 at the decoder's last kernel
+    adversarial_kernel: Any  # that of the adversarial term
     discriminator: Any  # the discriminator's gradient
     metrics: Metrics
 
@@ -239,9 +239,9 @@ def _volume_terms(
     l1, l1_gradient = jax.value_and_grad(losses.l1)(fake, volume)
     image_gradient, image_gradient_gradient = jax.value_and_grad(losses.image_gradient)(fake, volume)
     lpips, lpips_gradient = jnp.zeros(()), jnp.zeros_like(fake)
-    if recipe.lpips is not None:
+    if (network := recipe.lpips) is not None:
         lpips, lpips_gradient = jax.value_and_grad(
-            lambda x: perceptual.perceptual_loss(recipe.lpips, weights, x, volume, noise.slices)
+            lambda x: perceptual.perceptual_loss(network, weights, x, volume, noise.slices)
         )(fake)
 
     def judge(params, x):
@@ -399,7 +399,7 @@ def _update_codebook(
     }
     return codebook, {
         'quantised': jnp.asarray(moving, jnp.float32),  # 0 while the codebook's figures mean nothing yet
-        'perplexity': quantizer.perplexity(sums.count),
+        'perplexity': quantizer.perplexity(sums.vectors),
         'dead_codes': jnp.mean(new_usage < settings.dead_below, dtype=jnp.float32),
     }
 
@@ -484,7 +484,7 @@ def initialise_codebook(recipe: Recipe, state: VQGANState, batches: list[Batch],
 
     encode = jax.jit(normalised)
     codes = jax.jit(cluster, out_shardings=whole)([encode(state.params, batch['volume']) for batch in batches])
-    return state.replace(codebook={**state.codebook, 'codes': codes})
+    return dataclasses.replace(state, codebook={**state.codebook, 'codes': codes})
 
 
 def evaluation_variables(state: VQGANState) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -45,13 +46,13 @@ class Builder(tfds.core.ShardBasedBuilder):
         dtype: str,
         classes: Sequence[str],
         splits: Mapping[str, Sequence[tuple[str, str, str, Path]]],
-        **kwargs,
+        **kwargs: Any,
     ):
         self._roi_size = tuple(roi_size)
         self._dtype = np.dtype(dtype)
         self._classes = tuple(classes)
         self._splits = splits
-        self._bar = None
+        self._bar: Any = None  # while it is built
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -77,7 +78,7 @@ class Builder(tfds.core.ShardBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _shard_iterators_per_split(self, dl_manager) -> dict[str, list]:
+    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list]:
         """Shards of equal numbers of records, so small that TFDS may hold one in memory."""
         del dl_manager
         length = max(1, _SHARD_BYTES // ((self._dtype.itemsize + 1) * int(np.prod(self._roi_size))))

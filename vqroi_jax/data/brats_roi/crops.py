@@ -160,6 +160,7 @@ def _cores() -> int:
 def _die_with_parent() -> None:
     """Makes a worker end when the process that started it is gone, even by SIGKILL; by itself it would stay."""
     parent = multiprocessing.parent_process()
+    assert parent, 'not in a worker'
 
     def watch() -> None:
         parent.join()
@@ -171,7 +172,9 @@ def _die_with_parent() -> None:
 
 def _refuse_twins(scans: Sequence[Scan], results: list[dict | Problem]) -> tuple[dict[str, dict], list[Problem]]:
     """Parts results into usable and faulty; a tumour seen before, to the last voxel, is a fault."""
-    usable, problems, seen = {}, [], {}
+    usable: dict[str, dict] = {}
+    seen: dict[str, str] = {}  # scans by their tumours
+    problems = []
     for scan, result in zip(scans, results, strict=True):
         if isinstance(result, Problem):
             problems.append(result)

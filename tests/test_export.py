@@ -1,0 +1,175 @@
+"""The exported generator: used without the package, in another process, beside the package itself."""
+
+import dataclasses
+import json
+import os
+import runpy
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vqroi_jax import export, main
+from vqroi_jax.decoding import Sampling
+from vqroi_jax.errors import InputError
+from vqroi_jax.trained import load_transformer
+from vqroi_jax.training import partitioning, transformer
+
+CONFIG = Path(__file__).parents[1] / 'configs' / 'export.py'
+ALONE = """
+import sys
+
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        assert name.split('.')[0] not in ('vqroi_jax', 'flax', 'ml_collections', 'orbax'), name
+
+
+sys.meta_path.insert(0, Refuse())
+import sys; sys.path.insert(0, sys.argv[1])
+import generator
+import numpy as np
+
+arrays = {}
+for label in generator.facts()['classes']:
+    arrays[label] = generator.sample(label, n=3, seed=2**32 - 5, first=1)
+    arrays[label + '_tokens'] = generator.tokens(label, n=3, seed=2**32 - 5, first=1)
+np.savez(sys.argv[2], **arrays)
+for bad in ({'label': 'GBM'}, {'label': 'HGG', 'n': 0}, {'label': 'HGG', 'seed': -1}, {'label': 'HGG', 'first': 2**32}):
+    try:
+        generator.sample(**bad)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def settings(trained, **changes):
+    sampling = trained.config.sampling.copy_and_resolve_references().unlock()
+    sampling.update(changes)
+    return sampling
+
+
+@pytest.fixture(scope='module')
+def exported(tiny_transformer, tmp_path_factory):
+    """A folder that the command has filled, for all platforms."""
+    config = runpy.run_path(str(CONFIG))['get_config']('smoke')
+    config.transformer_workdir = str(tiny_transformer)
+    folder = tmp_path_factory.mktemp('export')
+    export.run(config, folder)
+    return folder
+
+
+def test_draws_the_packages_samples_without_the_package(exported, tiny_transformer, tmp_path):
+    file = exported / export.FILE
+    done = subprocess.run(
+        [sys.executable, '-I', '-c', ALONE, str(file), str(tmp_path / 'drawn.npz')],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith('PYTHON')},
+    )
+    assert done.returncode == 0, done.stderr
+    refusals = done.stdout.splitlines()
+    assert len(refusals) == 4
+    assert refusals[0].startswith("class 'GBM' is unknown; there are ")
+    drawn = np.load(tmp_path / 'drawn.npz')
+    trained = load_transformer(tiny_transformer)
+    sampler = trained.sampler(settings(trained), 2**32 - 5, partitioning.make_mesh(1))
+    for number, label in enumerate(trained.classes):
+        tokens = sampler.tokens([number] * 3, [1, 2, 3])
+        assert len({row.tobytes() for row in tokens}) == 3
+        np.testing.assert_array_equal(drawn[f'{label}_tokens'], tokens.reshape(3, *trained.facts.grid))
+        assert drawn[label].dtype == np.float32
+        np.testing.assert_allclose(drawn[label], list(sampler.decode(tokens)), atol=1e-5)
+
+
+def test_the_file_has_programs_for_all_platforms_and_no_more_weights_than_it_draws_with(exported, tiny_transformer):
+    trained = load_transformer(tiny_transformer)
+    with zipfile.ZipFile(exported / export.FILE) as file:
+        assert file.testzip() is None
+        for name in ('tokens', 'decode'):
+            program = jax.export.deserialize(bytearray(file.read(f'{name}.jaxexport')))
+            assert program.platforms == ('cpu', 'cuda', 'tpu')
+        facts = json.loads(file.read('facts.json'))
+        stored = sum(member.file_size for member in file.infolist() if member.filename.startswith('weights/'))
+        assert (exported / export.README).read_bytes() == file.read(export.README)
+        assert file.read('MODEL_CARD.md') == (tiny_transformer / 'MODEL_CARD.md').read_bytes()
+    assert (facts['identity'], facts['checkpoint'], facts['trained_on']) == (trained.identity, 8, 'phantoms')
+    assert facts['roi_size'] == [16, 16, 16]
+    variables = trained.vqgan.variables
+    needed = [
+        trained.params,
+        variables['codebook'],
+        *(variables['params'][n] for n in ('decoder', 'post_quantisation')),
+    ]
+    arrays = jax.tree.leaves(needed)
+    assert sum(a.nbytes for a in arrays) < stored < sum(a.nbytes for a in arrays) + 200 * 2 * len(arrays)
+
+
+def test_the_readme_says_how_and_what_not_for(exported):
+    text = (exported / export.README).read_text(encoding='utf-8')
+    assert "sys.path.insert(0, 'generator.zip')" in text
+    assert 'float32 [4, 16, 16, 16]' in text
+    assert 'voxels are of 8 x 8 x 8 mm' in text
+    assert 'Not for clinical use' in text
+    assert 'trained on phantoms' in text
+
+
+def test_a_bidirectional_model_with_guidance(tiny_transformer):
+    """Fills masks in parallel; with the weights that it begins with."""
+    trained = load_transformer(tiny_transformer)
+    config = trained.config.copy_and_resolve_references().unlock()
+    config.model.attention, config.label_dropout = 'bidirectional', 0.1
+    model = transformer.make_model(config, trained.facts.codes, 2, 64)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 2), np.int32)))['params']
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    trained = dataclasses.replace(trained, model=model, params=params)
+    chosen = settings(trained, guidance=0.7, top_p=0.9)
+    sampling = Sampling.read(chosen, model, trained.facts.codes, 2)
+    program = export.programs_of(trained, sampling, ('cpu', 'tpu'))['tokens']
+    weights = export.weights_of(trained)['tokens']
+    drawn = jax.jit(program.call)(weights, np.uint32(3), np.uint32(1), np.array([4, 5], np.uint32))
+    expected = trained.sampler(chosen, 3, partitioning.make_mesh(1)).tokens([1, 1], [4, 5])
+    np.testing.assert_array_equal(np.asarray(drawn).reshape(2, 64), expected)
+
+
+def test_the_same_command_again_leaves_what_is_there(exported, tiny_transformer, capsys):
+    before = (exported / export.FILE).read_bytes()
+    command = ['main', f'--config={CONFIG}:smoke', f'--workdir={exported}']
+    assert main.main([*command, f'--config.transformer_workdir={tiny_transformer}']) == 0
+    assert 'is there already' in capsys.readouterr().out
+    assert (exported / export.FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'platforms': ('cpu', 'gpu')}, "config.platforms: 'gpu' is none of cpu, cuda, rocm, tpu"),
+        ({'platforms': ()}, 'config.platforms is empty'),
+        ({'transformer_workdir': ''}, 'no --config.transformer_workdir given'),
+        ({'sampling.guidance': 1.0}, 'no null class'),
+        ({'sampling.sub_batch': 0}, 'sampling.sub_batch=0'),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_exported_is_told_and_leaves_nothing(change, message, tiny_transformer, tmp_path):
+    config = runpy.run_path(str(CONFIG))['get_config']('smoke')
+    config.transformer_workdir = str(tiny_transformer)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(InputError, match=message):
+        export.run(config, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.name != '.lock']
+
+
+def test_weights_that_python_could_not_import_from_are_refused(tiny_transformer, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, '_LARGEST', 1000)
+    trained = load_transformer(tiny_transformer)
+    with pytest.raises(InputError, match='GiB of weights; Python imports from files of up to'):
+        export.export(trained, settings(trained), ('cpu',), tmp_path / 'generator.zip')
+    assert not list(tmp_path.iterdir())
