@@ -114,7 +114,7 @@ def read(config: ConfigDict, workdir: Path) -> None:
         return
     names = {theirs: ours for ours, theirs in release.NETWORKS.items()}
     own = {name: array for name, array in tensors.items() if name.partition('.')[0] not in names}
-    shown = f'{file} (stage 1 in it, its networks called {", ".join(names.values())})'
+    shown = f'{file} (its stage 1, by the names of a stage 1 file)'
     stage1 = _stage1_run(config, shown, release.rename(tensors, names), {})
     stage1_folder = workdir.expanduser().absolute() / STAGE1_FOLDER
     stage2 = _stage2_run(config, file, own, stage1, stage1_folder)

@@ -29,7 +29,7 @@ def listed_stage2(layers: int = LAYERS) -> dict[str, list[int]]:
 
 def as_in_stage2(tensors: dict) -> dict:
     """Stage 1's tensors under the names that they have in a stage 2 file."""
-    prefixes = {network: prefix for network, prefix in LISTED['stage2_prefixes'].items()}
+    prefixes = LISTED['stage2_prefixes']
     return {prefixes[name.partition('.')[0]] + name.partition('.')[2]: value for name, value in tensors.items()}
 
 
