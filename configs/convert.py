@@ -41,6 +41,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.step = 1  # number that its checkpoint gets; files have none
 
     # The configs that the runs get. What is empty or 0 here the file tells; if it is given, it has to agree with it.
+    # `vqgan.data.path`, the prepared cohort that it was trained on, if at hand, is what stage 2 is then trained on.
     config.vqgan = vqgan = _stage('vqgan')
     vqgan.data.roi_size = ()
     vqgan.model.channels = vqgan.model.encoder_res_blocks = vqgan.model.decoder_res_blocks = ()

@@ -3,7 +3,9 @@
 PyTorch is not needed: its container is replaced by pickle here, and tests/parity has the same with PyTorch.
 """
 
+import functools
 import json
+import operator
 import pickle
 import runpy
 import shutil
@@ -100,11 +102,8 @@ def copy_with(run, copy, field, value):
     """A copy of a run's folder with one field of its config changed."""
     shutil.copytree(run, copy)
     settings = json.loads((run / 'config.json').read_text())
-    *path, leaf = field.split('.')
-    part = settings
-    for name in path:
-        part = part[name]
-    part[leaf] = value
+    *blocks, leaf = field.split('.')
+    functools.reduce(operator.getitem, blocks, settings)[leaf] = value
     (copy / 'config.json').write_text(json.dumps(settings))
     return copy
 
@@ -233,6 +232,7 @@ def edited(contents, change):
         (lambda c: c['Encoder'].update(more=np.zeros(1)), "has Encoder.more, which is not the network's"),
         (lambda c: c['preV_conv'].update({'conv.bias': np.zeros(3)}), r'preV_conv.conv.bias is \(3,\), not \(16,\)'),
         (lambda c: c['preV_conv'].update({'conv.bias': 3}), 'preV_conv.conv.bias is no tensor'),
+        (lambda c: c.update(Encoder=3), 'w.pt: Encoder is no state dict'),
         (lambda c: c.pop('Encoder'), "is no file of the authors' code: neither the networks"),
         (lambda c: c['Codebook']['embedding.weight'].fill(0), 'the codebook was not trained'),
     ],
@@ -280,6 +280,8 @@ def test_stage_2_files_that_do_not_fit(stage2_file, tmp_path, change, told):
         ({'classes': ('LGG', 'HGG')}, 'has 3 classes, config.classes names 2'),
         ({'grid': ()}, 'a latent grid of 6 regions, which is no cube'),
         ({'step': 0}, 'config.step=0: expected 1 or more'),
+        ({'classes': ('a', 'b', 'a')}, 'a name for each class, all different'),
+        ({'spacing': (1.0, 1.0)}, r'config.spacing=\(1.0, 1.0\): expected millimetres along depth, height and width'),
         ({'transformer.model.heads': 5}, 'config.model.width=32 does not divide by config.model.heads=5'),
         ({'transformer.model.width': 64}, 'config.transformer.model.width=64 does not agree with the file: 32 is'),
         ({'transformer.ema_decay': 0.9}, 'config.transformer.ema_decay=0.9 does not agree with the file: 0.0 is'),

@@ -7,9 +7,11 @@ What a run has no place for is kept beside it, in `release/`, and written back. 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,8 +105,7 @@ def read(config: ConfigDict, workdir: Path) -> None:
         InputError: the file is not of the authors' code, its tensors do not fit each other or the config, or the
             folder holds another run.
     """
-    if config.step < 1:
-        raise InputError(f'config.step={config.step}: expected 1 or more')
+    _check_told(config)
     file = config.release
     stage, tensors, others = _recognise(file, torch_files.read_contents(file))
     digest = _sha256(file)
@@ -127,15 +128,23 @@ def read(config: ConfigDict, workdir: Path) -> None:
     print(f'{workdir} is a run of stage 2, from {file}; its stage 1 is in {stage1_folder}')
 
 
+def _check_told(config: ConfigDict) -> None:
+    """Refuses what a config says of a file, if it makes no sense."""
+    if config.step < 1:
+        raise InputError(f'config.step={config.step}: expected 1 or more')
+    if len(set(config.classes)) != len(config.classes) or not all(config.classes):
+        raise InputError(f'config.classes={tuple(config.classes)}: expected a name for each class, all different')
+    if config.spacing and (len(config.spacing) != 3 or min(config.spacing) <= 0):
+        raise InputError(f'config.spacing={tuple(config.spacing)}: expected millimetres along depth, height and width')
+
+
 def _recognise(file: str, contents: Any) -> tuple[int, release.Tensors, Mapping[str, Any]]:
     """The stage of a file, its tensors by dotted names, and what is in it beside the networks."""
     if isinstance(contents, Mapping) and 'Encoder' in contents:
-        networks = {name: value for name, value in contents.items() if name in release.NETWORKS}
-        tensors = {
-            f'{network}.{name}': value
-            for network, state in networks.items()
-            for name, value in (state.items() if isinstance(state, Mapping) else [('', state)])
-        }
+        networks = {name: state for name, state in contents.items() if name in release.NETWORKS}
+        if strange := [name for name, state in networks.items() if not isinstance(state, Mapping)]:
+            raise InputError(f'{file}: {strange[0]} is no state dict')
+        tensors = {f'{network}.{name}': array for network in networks for name, array in networks[network].items()}
         stage, others = 1, {name: value for name, value in contents.items() if name not in networks}
     elif isinstance(contents, Mapping) and release.POSITIONS in contents:
         stage, tensors, others = 2, dict(contents), {}
@@ -241,11 +250,7 @@ def _filled(block: ConfigDict, name: str, told: Mapping[str, Any]) -> ConfigDict
     """A stage's config with what the file tells; what was given already has to agree."""
     settings = block.copy_and_resolve_references()
     for field, value in told.items():
-        *path, leaf = field.split('.')
-        part = settings
-        for step in path:
-            part = part[step]
-        given = part[leaf]
+        given = functools.reduce(operator.getitem, field.split('.'), settings)
         if given and given != value:
             raise InputError(f'config.{name}.{field}={given!r} does not agree with the file: {value!r} is expected')
     settings.update_from_flattened_dict(told)
@@ -288,7 +293,7 @@ def _save(workdir: Path, run: _Run, file: str, digest: str, begin: Callable[[Pat
             if there['sha256'] != digest:
                 raise InputError(f'{folder} was read from another file, {there["file"]}; name another --workdir')
         else:
-            record.parent.mkdir()
+            record.parent.mkdir(exist_ok=True)
             write_atomically(record, json.dumps({'file': str(file), 'sha256': digest}, indent=2) + '\n')
         if begin:
             begin(folder)
