@@ -32,7 +32,7 @@ from vqroi_jax.trained import (
 )
 from vqroi_jax.training import loop, transformer, vqgan
 from vqroi_jax.training.checkpoints import Checkpoints, saved_steps
-from vqroi_jax.workdir import open_workdir, read_config, write_atomically
+from vqroi_jax.workdir import open_workdir, read_config, require_space, write_atomically
 
 SOURCE_FILE = 'source.json'  # in the folder `release`: which file the run was read from
 REST_FILE = 'rest.pth'  # likewise: what the run has no place for
@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     if bool(config.release) == bool(config.run):
         raise InputError('give either --config.release (a file to read) or --config.run (a run to write as a file)')
     if config.release:
-        read(config, Path(workdir))
+        read(config, workdir)
         return
     with open_workdir(workdir, config) as folder:
         write(config, folder)
@@ -94,7 +94,7 @@ class _Run:
     codes: int
 
 
-def read(config: ConfigDict, workdir: Path) -> None:
+def read(config: ConfigDict, workdir: str | Path) -> None:
     """Makes a run of a file.
 
     Args:
@@ -117,7 +117,7 @@ def read(config: ConfigDict, workdir: Path) -> None:
     own = {name: array for name, array in tensors.items() if name.partition('.')[0] not in names}
     shown = f'{file} (its stage 1, by the names of a stage 1 file)'
     stage1 = _stage1_run(config, shown, release.rename(tensors, names), {})
-    stage1_folder = workdir.expanduser().absolute() / STAGE1_FOLDER
+    stage1_folder = Path(workdir).absolute() / STAGE1_FOLDER
     stage2 = _stage2_run(config, file, own, stage1, stage1_folder)
 
     def begin(folder: Path) -> None:
@@ -153,7 +153,7 @@ def _recognise(file: str, contents: Any) -> tuple[int, release.Tensors, Mapping[
             f"{file} is no file of the authors' code: neither the networks {', '.join(release.NETWORKS)} of stage 1 "
             f'are in it, nor tensors of stage 2 such as {release.POSITIONS}'
         )
-    if strange := [name for name, value in tensors.items() if not isinstance(value, np.ndarray)]:
+    if strange := [n for n, value in tensors.items() if not (isinstance(n, str) and isinstance(value, np.ndarray))]:
         raise InputError(f'{file}: {strange[0]} is no tensor')
     return stage, tensors, others
 
@@ -284,8 +284,16 @@ def _facts(config: ConfigDict, stage1: TrainedVQGAN) -> Stage1Facts:
     )
 
 
-def _save(workdir: Path, run: _Run, file: str, digest: str, begin: Callable[[Path], None] | None = None) -> None:
-    """Writes the folder of a run, or goes on where that was stopped; its checkpoint is the last that is written."""
+def _save(workdir: str | Path, run: _Run, file: str, digest: str, begin: Callable[[Path], None] | None = None) -> None:
+    """Writes the folder of a run, or goes on where that was stopped; its checkpoint is the last that is written.
+
+    Args:
+        workdir: that becomes the run's folder.
+        run: what to write.
+        file: that it comes from.
+        digest: SHA-256 of that file.
+        begin: what to do in the folder before the rest is written.
+    """
     with open_workdir(workdir, run.config) as folder:
         record = folder / RELEASE_FOLDER / SOURCE_FILE
         if record.exists():
@@ -347,6 +355,9 @@ def write(config: ConfigDict, folder: Path) -> None:
     else:
         raise InputError(f'--config.run={config.run} is neither a run of stage 1 nor of stage 2: its task is {task!r}')
     path = folder / f'{task}.pth'
+    require_space(
+        folder, sum(array.nbytes for array in jax.tree.leaves(contents) if hasattr(array, 'nbytes')), path.name
+    )
     torch_files.write(path, contents)
     print(f'{path} has step {trained.step} of {trained.workdir}')
     if untold:
