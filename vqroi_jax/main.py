@@ -36,6 +36,7 @@ TASKS = {
     'export': 'vqroi_jax.export',
     'evaluate': 'vqroi_jax.evaluate',
     'classifier': 'vqroi_jax.train_classifier',
+    'convert': 'vqroi_jax.convert',
 }
 
 

@@ -5,7 +5,7 @@ so that no file runs code.
 """
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +30,55 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         InputError: no such file, not a file of that kind, or PyTorch is not installed.
     """
     torch = _torch(path)
-    if not Path(path).is_file():
-        raise InputError(f'there is no weights file {path}')
-    try:
-        stored = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f'{path} is not a file of tensors that PyTorch has saved: {reason}') from None
+    stored = _load(torch, path)
     if isinstance(stored, Mapping) and isinstance(stored.get('state_dict'), Mapping):
         stored = stored['state_dict']
     if not isinstance(stored, Mapping) or not stored or not all(map(torch.is_tensor, stored.values())):
         raise InputError(f'{path} holds no state dict: expected names with tensors')
     prefix = 'module.' if all(name.startswith('module.') for name in stored) else ''
-    return {name.removeprefix(prefix): _as_numpy(torch, tensor) for name, tensor in stored.items()}
+    return {
+        name.removeprefix(prefix): (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in stored.items()
+    }
 
 
-def write(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as a state dict that `torch.load` reads.
+def read_contents(path: str | Path) -> Any:
+    """Reads all that is in a file, as it is: what `write` writes back, to the bit.
+
+    Args:
+        path: file as `torch.save` writes it.
+
+    Returns:
+        Dicts, lists, tuples, numbers and texts as they were saved, tensors as arrays of their dtype.
+
+    Raises:
+        InputError: as `read`, or a tensor has a dtype that NumPy lacks.
+    """
+    torch = _torch(path)
+    try:
+        return _map(lambda value: value.detach().numpy() if torch.is_tensor(value) else value, _load(torch, path))
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f'{path} has tensors that cannot be read as they are: {error}') from None
+
+
+def write(path: str | Path, contents: Any) -> None:
+    """Writes a file that `torch.load` reads; whenever the process dies, it is there as a whole or as it was.
 
     Args:
         path: file to write.
-        arrays: by name, in the order wanted.
+        contents: arrays by name, or anything that `read_contents` returns; arrays become tensors.
 
     Raises:
         InputError: PyTorch is not installed.
     """
     torch = _torch(path)
-    torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, path)
+
+    def as_tensor(value: Any) -> Any:
+        return torch.from_numpy(np.array(value, order='C')) if isinstance(value, np.ndarray) else value
+
+    temporary = Path(path).with_name(f'{Path(path).name}.tmp')
+    torch.save(_map(as_tensor, contents), temporary)
+    temporary.replace(path)
 
 
 def check(
@@ -94,5 +116,20 @@ def _torch(path: str | Path) -> Any:
     return torch
 
 
-def _as_numpy(torch: Any, tensor: Any) -> np.ndarray:
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def _load(torch: Any, path: str | Path) -> Any:
+    if not Path(path).is_file():
+        raise InputError(f'there is no weights file {path}')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f'{path} is not a file of tensors that PyTorch has saved: {reason}') from None
+
+
+def _map(function: Callable[[Any], Any], contents: Any) -> Any:
+    """Replaces everything that is no container."""
+    if isinstance(contents, Mapping):
+        return {name: _map(function, value) for name, value in contents.items()}
+    if isinstance(contents, (list, tuple)):
+        return type(contents)(_map(function, value) for value in contents)
+    return function(contents)

@@ -19,7 +19,7 @@ from vqroi_jax import masking, model_card, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.decoding import UNKNOWN
 from vqroi_jax.tokens import TokenSource, encode_cohort, find_cohort
-from vqroi_jax.trained import Sampler, Stage1Facts, TrainedVQGAN, check_finished, load_vqgan
+from vqroi_jax.trained import Sampler, Stage1Facts, TrainedVQGAN, check_finished, check_trainable, load_vqgan
 from vqroi_jax.training import loop, partitioning, transformer
 from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
 from vqroi_jax.workdir import is_primary, open_workdir
@@ -29,6 +29,7 @@ MASKING_FIGURE = 'masking.png'
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/transformer.py`."""
+    check_trainable(workdir, "state of stage 2's optimiser")
     with open_workdir(workdir, config) as folder:
         train(config, folder)
 

@@ -22,6 +22,7 @@ from vqroi_jax.metrics import reconstruction as metrics
 from vqroi_jax.metrics.ssim import ssim
 from vqroi_jax.models import quantizer
 from vqroi_jax.prepare import prepare
+from vqroi_jax.trained import check_trainable
 from vqroi_jax.training import loop, partitioning, vqgan
 from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
 from vqroi_jax.workdir import is_primary, open_workdir
@@ -31,6 +32,7 @@ COLLAPSED = 0.02  # share of the codes: a perplexity below it is a codebook that
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/vqgan.py`."""
+    check_trainable(workdir, 'discriminator')
     with open_workdir(workdir, config) as folder:
         train(config, folder)
 

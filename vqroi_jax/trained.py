@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -27,9 +26,11 @@ from vqroi_jax.models.vqgan import VQGAN
 from vqroi_jax.training import partitioning, transformer
 from vqroi_jax.training.checkpoints import read_checkpoint, saved_steps
 from vqroi_jax.training.durations import to_steps
+from vqroi_jax.training.vqgan import make_model
 from vqroi_jax.workdir import CONFIG_FILE, read_config, write_atomically
 
 STAGE1_FILE = 'stage1.json'  # in a folder of stage 2
+RELEASE_FOLDER = 'release'  # in the folder of a run that was read from a file of the authors' code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def load_vqgan(workdir: str | Path, checkpoint: str = 'latest') -> TrainedVQGAN:
         step=step,
         identity=_identity(params, stored['codebook']['codes']),
         config=config,
-        model=VQGAN(classes=classes, **config.model, codes=config.codebook.codes, dtype=jnp.dtype(config.dtype)),
+        model=make_model(config, classes),
         variables={'params': params, 'codebook': {'codebook': stored['codebook']}},
     )
 
@@ -116,6 +117,23 @@ def check_finished(vqgan: TrainedVQGAN, checkpoint: str, training_rois: int) -> 
         raise InputError(
             f'stage 1 in {vqgan.workdir} is unfinished (step {last} of {total}); train it to the end, or take it as it '
             f'is with --config.vqgan_checkpoint={last}'
+        )
+
+
+def check_trainable(workdir: str | Path, lacking: str) -> None:
+    """Refuses to train on a run that was read from a file of the authors' code.
+
+    Args:
+        workdir: the run's folder; it need not exist.
+        lacking: what such files do not have.
+
+    Raises:
+        InputError: it was.
+    """
+    if (Path(workdir) / RELEASE_FOLDER).exists():
+        raise InputError(
+            f"{workdir} was read from a file of the authors' code, which has no {lacking}: it can be used, but not "
+            'trained further; name another --workdir'
         )
 
 

@@ -164,7 +164,7 @@ def _record_config(folder: Path, config: ConfigDict) -> None:
     there, now = _flat(read_config(folder).to_dict()), _flat(_tuples(json.loads(text)))
     differences = [
         f'{name} {_shown(there, name)} there, {_shown(now, name)} now'
-        for name in sorted(there.keys() | now.keys())
+        for name in sorted(there.keys() | now.keys(), key=lambda name: (name != 'task', name))
         if name not in there or name not in now or there[name] != now[name]
     ]
     if differences:

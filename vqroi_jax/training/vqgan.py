@@ -64,6 +64,11 @@ class Recipe:
     restart_every: int  # dead codes; 0: never
 
 
+def make_model(config: ml_collections.ConfigDict, classes: int) -> VQGAN:
+    """The generator of a config of the task `vqgan`, for so many classes."""
+    return VQGAN(classes=classes, **config.model, codes=config.codebook.codes, dtype=jnp.dtype(config.dtype))
+
+
 def make_recipe(config: ml_collections.ConfigDict, classes: int, steps_per_epoch: float) -> Recipe:
     """Networks and durations of a config of the task `vqgan`.
 
@@ -84,7 +89,7 @@ def make_recipe(config: ml_collections.ConfigDict, classes: int, steps_per_epoch
         return to_steps(config[block][name], steps_per_epoch, f'config.{field}', minimum)
 
     return Recipe(
-        model=VQGAN(classes=classes, **config.model, codes=config.codebook.codes, dtype=dtype),
+        model=make_model(config, classes),
         discriminator=Discriminator(tuple(config.discriminator.channels), config.model.num_groups, dtype=dtype),
         lpips=perceptual.LPIPS(dtype=dtype) if lpips else None,
         lpips_weights=perceptual.load_weights() if lpips else {},
