@@ -35,6 +35,7 @@ TASKS = {
     'generate': 'vqroi_jax.generate',
     'evaluate': 'vqroi_jax.evaluate',
     'classifier': 'vqroi_jax.train_classifier',
+    'plan': 'vqroi_jax.plan',
 }
 
 

@@ -366,21 +366,36 @@ class Sampler:
 
     @functools.cached_property
     def _draw_tokens(self) -> Callable:
-        method = decoding.autoregressive if self._model.causal else decoding.parallel
-
-        def draw(params, label, index, given):
-            key = jax.random.key(self._seed)
-            keys = jax.vmap(lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i))(label, index)
-            return method(self._model, params, keys, label, given, self._vqgan.model.codes, self._sampling)
-
+        draw = draw_function(self._model, self._vqgan.model.codes, self._sampling, self._seed)
         return partitioning.on_each_device(draw, self._mesh)
 
     @functools.cached_property
     def _decode(self) -> Callable:
-        def decode(variables, tokens):
-            return jax.lax.map(lambda one: self._vqgan.decode(variables, one[None])[0], tokens)
+        return partitioning.on_each_device(decode_function(self._vqgan), self._mesh)
 
-        return partitioning.on_each_device(decode, self._mesh)
+
+def draw_function(model: Transformer, codes: int, sampling: Sampling, seed: int) -> Callable:
+    """What a device draws tokens with: a pure function of (parameters, labels, indices, given), rows first.
+
+    The parameters are unstacked where the model is causal. See `Sampler.tokens` for the others, and what comes out.
+    """
+    method = decoding.autoregressive if model.causal else decoding.parallel
+
+    def draw(params, label, index, given):
+        key = jax.random.key(seed)
+        keys = jax.vmap(lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i))(label, index)
+        return method(model, params, keys, label, given, codes, sampling)
+
+    return draw
+
+
+def decode_function(vqgan: TrainedVQGAN) -> Callable:
+    """What a device decodes with: a pure function of (stage 1's variables, tokens `[n, L]`), one after the other."""
+
+    def decode(variables, tokens):
+        return jax.lax.map(lambda one: vqgan.decode(variables, one[None])[0], tokens)
+
+    return decode
 
 
 def _open_run(workdir: str | Path, task: str, stage: str, field: str) -> tuple[Path, ConfigDict]:
