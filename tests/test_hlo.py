@@ -103,6 +103,11 @@ def test_a_loop_that_ends_when_its_data_say_so_is_counted_once_and_reported():
     assert (cost.flops, cost.open_loops) == (2 * 10 * 256 * 256, 1)
 
 
+def test_a_loop_that_was_unrolled_by_two_runs_half_as_often():
+    text = TPU.replace('%one = s32[]{:T(128)} constant(1)', '%one = s32[]{:T(128)} constant(2)')
+    assert hlo.read_cost(text).cycles == 3 * 700
+
+
 def test_a_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match='entry'):
         hlo.read_cost('HloModule nothing')

@@ -166,7 +166,7 @@ class _Chip:
         (1, 2, 99, [1, 2, 7], 7),
         (1, 2, 7, [1, 2, 7, 6], 6),  # the line was wrong
         (1, 8, 99, [1, 2], 1),
-        (20, 1, 99, [1, 2], 0),
+        (20, 1, 99, [1], 0),
         (1, 0.1, 99, [1, 2, 30], 30),  # no more patients
     ],
 )
@@ -200,9 +200,13 @@ def test_least_times_are_those_of_the_makers_figures():
         ('remat', ('activations',), "'activations' is no setting of the stage transformer, which has none, blocks"),
         ('cohort.rois', 0, 'config.cohort.rois=0'),
         ('margin', 1.0, 'config.margin=1.0'),
-        ('transformer.model.width', 15, 'config.model.width=15 does not divide'),
-        ('transformer.mesh.data', 99, 'config.mesh.data=99'),
-        ('vqgan.data.roi_size', (9, 8, 8), 'depth 9 does not divide'),
+        (
+            'transformer.model.width',
+            15,
+            'config.transformer.model.width=15 does not divide by config.transformer.model.heads=2',
+        ),
+        ('transformer.mesh.data', 99, 'config.transformer.mesh.data=99'),
+        ('vqgan.data.roi_size', (9, 8, 8), 'config.vqgan.data.roi_size: depth 9 does not divide'),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_compiled(field, value, message, tmp_path, monkeypatch):
@@ -226,3 +230,18 @@ def test_a_batch_that_cannot_be_split_is_said_and_the_search_goes_on(tmp_path, c
 def test_an_unknown_variant_is_refused(capsys):
     assert main.main(['vqroi_jax', f'--config={CONFIGS / "plan.py"}:papr', '--workdir=unused']) == 2
     assert 'no variant' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('stage', 'batch'), [('vqgan', 16), ('transformer', 48)])
+def test_presets_for_16_chips_follow_the_scaling_rules_that_they_state(stage, batch):
+    get_config = runpy.run_path(str(CONFIGS / f'{stage}.py'))['get_config']
+    paper, preset = get_config('paper'), get_config('v5e_16')
+    ratio = batch / paper.batch_size
+    assert preset.batch_size == preset.eval_batch_size == batch
+    assert preset.optimizer.learning_rate == pytest.approx(paper.optimizer.learning_rate * ratio**0.5, rel=0.01)
+    final = paper.optimizer.final_learning_rate
+    assert preset.optimizer.final_learning_rate == pytest.approx(final * ratio**0.5, rel=0.01)
+    if stage == 'vqgan':
+        assert preset.codebook.decay == pytest.approx(paper.codebook.decay**ratio, rel=0.001)
+    assert preset.training == paper.training
+    assert batch % 16 == 0

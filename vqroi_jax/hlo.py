@@ -3,7 +3,7 @@
 XLA's own cost analysis counts the body of a loop once, however often it runs, and says nothing of collectives. Here the
 text of the scheduled module (`jax.stages.Compiled.as_text()`) is walked from its entry: a loop's body counts as often
 as it runs, of a fusion what enters and leaves it, and of the branches of a conditional the most expensive. It is the
-text of one device's program, so all numbers are per device.
+text of one device's program, so all numbers are per device. Nothing is known of custom calls, which count nothing.
 """
 
 import dataclasses
@@ -109,9 +109,12 @@ class _Shape:
 
     @property
     def bytes(self) -> float:
-        """Bytes in main memory, tiles padded; 0 for what lives in another memory."""
-        if re.search(r'S\([1-9]\d*\)', self.layout):
-            return 0.0
+        """Bytes in main memory: 0 for what lives in another."""
+        return 0.0 if re.search(r'S\([1-9]\d*\)', self.layout) else self.size
+
+    @functools.cached_property
+    def size(self) -> float:
+        """Bytes, tiles padded."""
         number = _BYTES.get(self.kind)
         if number is None:
             number = int(re.search(r'\d+', self.kind)[0]) / 8
@@ -132,6 +135,7 @@ class _Instruction:
     opcode: str
     arguments: str  # within the parentheses
     attributes: str  # after them
+    root: bool  # of its computation
 
     @functools.cached_property
     def operands(self) -> list[str]:
@@ -146,7 +150,7 @@ class _Instruction:
         return sum(shape.bytes for shape in self.shapes)
 
 
-_Computation = dict[str, _Instruction]  # by name, in order; the root is the last
+_Computation = dict[str, _Instruction]  # by name, in order
 
 
 def _computations(text: str) -> dict[str, _Computation]:
@@ -168,7 +172,7 @@ def _computations(text: str) -> dict[str, _Computation]:
 
 
 def _instruction(line: str) -> _Instruction | None:
-    head = re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = ', line)
+    head = re.match(r'\s+(ROOT )?%?([\w.\-]+) = ', line)
     if not head:
         return None
     rest = line[head.end() :]
@@ -180,7 +184,7 @@ def _instruction(line: str) -> _Instruction | None:
         _Shape(kind, tuple(int(side) for side in sides.split(',') if side), layout)
         for kind, sides, layout in _SHAPE.findall(rest[:end])
     )
-    return _Instruction(head[1], shapes, opcode[1], rest[start + 1 : stop], rest[stop + 1 :])
+    return _Instruction(head[2], shapes, opcode[1], rest[start + 1 : stop], rest[stop + 1 :], bool(head[1]))
 
 
 def _closing(text: str) -> int:
@@ -245,13 +249,14 @@ class _Module:
         operands = [inside[name] for name in one.operands if name in inside]
         if one.opcode == 'fusion':
             return self._fusion_traffic(one, operands)
-        if one.opcode in ('dynamic-slice', 'gather', 'slice'):
-            return 2 * one.bytes
+        if one.opcode in ('dynamic-slice', 'gather', 'slice', 'slice-start'):
+            (result,) = one.shapes[1:2] or one.shapes  # of an asynchronous one, its source comes first
+            return (result.size if operands[0].bytes else 0.0) + result.bytes
         if one.opcode == 'dynamic-update-slice':
             return 2 * operands[1].bytes
         if one.opcode == 'copy-start':
             return operands[0].bytes + one.shapes[0].bytes
-        if one.opcode.endswith('-start'):
+        if one.opcode.endswith('-start'):  # of an exchange, whose result repeats its operands
             return 2 * sum(operand.bytes for operand in operands)
         return one.bytes + sum(operand.bytes for operand in operands)
 
@@ -262,7 +267,7 @@ class _Module:
             if parameter.opcode == 'parameter':
                 number = int(parameter.arguments)
                 total += min(self._read(parameter.name, inside), operands[number].bytes)
-        *_, root = inside.values()
+        root = _root(inside)
         for result in [inside[name] for name in root.operands] if root.opcode == 'tuple' else [root]:
             total += self._written(result, inside)
         return total
@@ -299,40 +304,58 @@ class _Module:
         return result.bytes
 
     def _trips(self, loop: _Instruction, inside: _Computation) -> int | None:
-        """How often a loop runs, where a counter that goes up by one is compared with a constant."""
+        """How often a loop runs whose counter goes up by a constant to a constant; None for any other."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(known[1])
-        condition = self.computations[loop.called('condition')]
-        *_, test = condition.values()
-        if test.opcode == 'fusion':
-            test_inside = self.computations[test.called('calls')]
-            *_, compare = test_inside.values()
-        else:
-            test_inside, compare = condition, test
-        if compare.opcode != 'compare' or 'direction=LT' not in compare.attributes:
+        body, condition = (self.computations[loop.called(name)] for name in ('body', 'condition'))
+        compare = self._binary(_root(condition), condition)
+        start, end = inside[loop.operands[0]], _root(body)
+        if not compare or start.opcode != 'tuple' or end.opcode != 'tuple':
             return None
-        sides = []
-        for name in compare.operands:
-            side = test_inside[name]
-            if test_inside is not condition and side.opcode == 'parameter':
-                side = condition[test.operands[int(side.arguments)]]
-            sides.append(_origin(side, condition))
-        counter, limit = sides
-        if counter.opcode != 'get-tuple-element':
+        test, counter, limit = compare
+        if test.opcode != 'compare' or 'direction=LT' not in test.attributes or counter.opcode != 'get-tuple-element':
             return None
-        start = inside[loop.operands[0]]
-        if start.opcode != 'tuple':
+        step = self._binary(body[end.operands[_index(counter)]], body)
+        if not step or step[0].opcode != 'add':
             return None
+        steps = [_constant(side) for side in step[1:] if side.opcode == 'constant']
+        if limit.opcode == 'get-tuple-element':  # that the loop is given and passes on
+            limit = _origin(inside[start.operands[_index(limit)]], inside)
+        first = _constant(_origin(inside[start.operands[_index(counter)]], inside))
+        last = _constant(limit)
+        if len(steps) != 1 or None in (first, last, steps[0]) or steps[0] < 1:
+            return None
+        return max(-((first - last) // steps[0]), 0)
 
-        def at_start(one: _Instruction) -> int | None:
-            """The value of the constant that `one` is, or that the loop is given in its place."""
-            if one.opcode == 'get-tuple-element':
-                place = int(re.search(r'index=(\d+)', one.attributes)[1])
-                one = _origin(inside[start.operands[place]], inside)
-            return int(one.arguments) if one.opcode == 'constant' and one.arguments.lstrip('-').isdigit() else None
+    def _binary(
+        self, one: _Instruction, inside: _Computation
+    ) -> tuple[_Instruction, _Instruction, _Instruction] | None:
+        """An operation, or the one that a fusion ends with, and where its two operands come from; None if not two."""
+        one = _origin(one, inside)
+        within = self.computations[one.called('calls')] if one.opcode == 'fusion' else inside
+        operation = _root(within) if one.opcode == 'fusion' else one
+        if len(operation.operands) != 2:
+            return None
+        sides = [_origin(within[name], within) for name in operation.operands]
+        if one.opcode == 'fusion':
+            sides = [
+                _origin(inside[one.operands[int(side.arguments)]], inside) if side.opcode == 'parameter' else side
+                for side in sides
+            ]
+        return operation, *sides
 
-        first, last = at_start(counter), at_start(limit)
-        return None if first is None or last is None else max(last - first, 0)
+
+def _root(computation: _Computation) -> _Instruction:
+    return next(one for one in computation.values() if one.root)
+
+
+def _index(one: _Instruction) -> int:
+    return int(re.search(r'index=(\d+)', one.attributes)[1])
+
+
+def _constant(one: _Instruction) -> int | None:
+    whole = one.opcode == 'constant' and re.fullmatch(r'-?\d+', one.arguments)
+    return int(one.arguments) if whole else None
 
 
 def _origin(one: _Instruction, inside: _Computation) -> _Instruction:

@@ -102,7 +102,10 @@ def describe(planner: Planner, compiled: list[Compiled], searches: list[Search])
     for one in compiled:
         row = one.to_json() | {'total': one.total, 'batch_size': planner.batch_size(one.rows)}
         if chip and one.fits:
-            row['least_seconds'] = least_seconds(one.cost, chip)
+            seconds = least_seconds(one.cost, chip)
+            if target.platform == 'cuda':  # traffic is the CPU's program's, so no bound
+                del seconds['memory']
+            row['least_seconds'] = seconds
             row['estimated_seconds'] = one.cost.cycles / chip.clock if chip.clock and one.cost.cycles else None
             calls, unit = _calls(planner, one)
             row['run'] = {unit: calls, 'least_days': calls * max(row['least_seconds'].values()) / 86400}
@@ -228,7 +231,7 @@ def _search_line(one: dict[str, Any], groups: int) -> str:
     kind = f'remat {one["remat"]}: ' if one['remat'] else ''
     line = f'{one["fixed"] / GIB:.3g} GiB and {one["each"] / GIB:.3g} GiB for each of them'
     if not one['largest']:
-        return f'{kind}not even one a chip fits: about {line}'
+        return f'{kind}not even one a chip fits'
     end = ', as many as there are' if one['capped'] else ''
     return f'{kind}up to {one["largest"]} a chip fit, a batch of {one["largest"] * groups}{end}; about {line}'
 

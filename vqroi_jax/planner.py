@@ -4,13 +4,14 @@ A program is exactly what the stage's own command runs, lowered with shapes in p
 is allocated. `vqroi_jax.plan` is the command on top.
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vqroi_jax import hlo
 from vqroi_jax.decoding import Sampling
+from vqroi_jax.errors import InputError
 from vqroi_jax.models.transformer import unstack
 from vqroi_jax.targets import GIB, Target
 from vqroi_jax.trained import TrainedVQGAN, decode_function, draw_function
@@ -28,6 +30,7 @@ from vqroi_jax.training import partitioning, transformer, vqgan
 from vqroi_jax.workdir import write_atomically
 
 COMPILED_FOLDER = 'compiled'
+FORMAT = 1  # of what is kept there; another one once `hlo` counts otherwise
 TRIES = 3  # batches that are tried from the predicted one downwards
 REMATS = {  # settings of each stage's `model.remat`
     'vqgan': ('none', 'activations', 'blocks'),
@@ -68,9 +71,7 @@ def _vqgan_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
 
 def _transformer_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
     stage1, settings = _stage1(config, mesh), config.transformer
-    recipe = transformer.make_recipe(
-        settings, stage1.model.codes, config.cohort.classes, stage1.grid, config.cohort.rois / settings.batch_size
-    )
+    recipe = _transformer_recipe(config, stage1)
     state, length = transformer.state_shapes(recipe, mesh), recipe.masking.length
     if settings.augment.flip:
         batch = _rows(settings.batch_size, mesh, volume=((*stage1.roi_size, 1), jnp.float32))
@@ -82,7 +83,7 @@ def _transformer_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
 
 def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
     stage1, settings = _stage1(config, mesh), config.generate
-    recipe = transformer.make_recipe(config.transformer, stage1.model.codes, config.cohort.classes, stage1.grid, 1.0)
+    recipe = _transformer_recipe(config, stage1)
     model, length = recipe.model, recipe.masking.length
     params = transformer.state_shapes(recipe, mesh).params
     params = jax.eval_shape(unstack, params) if model.causal else params
@@ -103,7 +104,25 @@ def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
 
 
 def _vqgan_recipe(config: ConfigDict) -> vqgan.Recipe:
-    return vqgan.make_recipe(config.vqgan, config.cohort.classes, config.cohort.rois / config.vqgan.batch_size)
+    with _naming('vqgan'):
+        return vqgan.make_recipe(config.vqgan, config.cohort.classes, config.cohort.rois / config.vqgan.batch_size)
+
+
+def _transformer_recipe(config: ConfigDict, stage1: TrainedVQGAN) -> transformer.Recipe:
+    settings, cohort = config.transformer, config.cohort
+    with _naming('transformer'):
+        return transformer.make_recipe(
+            settings, stage1.model.codes, cohort.classes, stage1.grid, cohort.rois / settings.batch_size
+        )
+
+
+@contextlib.contextmanager
+def _naming(block: str) -> Iterator[None]:
+    """Names the fields in an `InputError` of a stage as they are called here, in its block of the config."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(re.sub(r'\bconfig\.', f'config.{block}.', str(error))) from None
 
 
 def _stage1(config: ConfigDict, mesh: Mesh) -> TrainedVQGAN:
@@ -177,7 +196,8 @@ class Search:
 
     Attributes:
         remat: the setting.
-        fixed: bytes that do not depend on the batch, by a straight line through two compilations.
+        fixed: bytes that do not depend on the batch, by a straight line through two compilations (through the first
+            alone, if that did not fit or the cohort has no more).
         each: bytes a row of the batch.
         predicted: rows a chip that the line says fit.
         largest: rows a chip that were compiled and fit, the most of them; 0 if not even the least did.
@@ -210,7 +230,8 @@ class Planner:
         self.config, self.target, self._folder = config, target, folder
         settings = config[config.stage]
         model_axis = settings.mesh.model if config.stage == 'transformer' else 1
-        self.mesh = partitioning.make_mesh(settings.mesh.data, model_axis, target.devices)
+        with _naming(config.stage):
+            self.mesh = partitioning.make_mesh(settings.mesh.data, model_axis, target.devices)
         self.own_remat = '' if config.stage == 'generate' else settings.model.remat
         self.remats = config.remat or tuple(sorted(REMATS[config.stage], key=lambda remat: remat != self.own_remat))
         self._micro_batches = 1 if config.stage == 'generate' else settings.micro_batches
@@ -246,7 +267,9 @@ class Planner:
         """Finds the largest batch: two compilations, a straight line, and one more or a few to make sure."""
         unit = self._micro_batches
         most = max(self._most() // unit, 1)  # all in units of rows from here
-        done = [self.compile(unit * number, remat) for number in ((1, 2) if most > 1 else (1,))]
+        done = [self.compile(unit, remat)]
+        if most > 1 and done[0].fits:
+            done.append(self.compile(2 * unit, remat))
         fixed, each = fit_line([(one.rows, one.total) for one in done])
         room = self.target.memory * (1 - self.config.margin)
         predicted = largest_that_fits(fixed, each * unit, room, most)
@@ -296,7 +319,7 @@ class Planner:
         lowered = traced.lower(lowering_platforms=(self.target.platform,))
         if self.target.platform == 'cuda':  # lowered for it, which checks that; but only a GPU's compiler could go on
             lowered = traced.lower(lowering_platforms=('cpu',))
-        identity = hashlib.sha256(json.dumps([self.target.name, self.target.versions]).encode())
+        identity = hashlib.sha256(json.dumps([FORMAT, self.target.name, self.target.versions]).encode())
         identity.update(lowered.as_text().encode())
         path = self._folder / COMPILED_FOLDER / f'{identity.hexdigest()[:32]}.json'
         if path.exists():
