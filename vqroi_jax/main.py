@@ -37,6 +37,7 @@ TASKS = {
     'evaluate': 'vqroi_jax.evaluate',
     'classifier': 'vqroi_jax.train_classifier',
     'convert': 'vqroi_jax.convert',
+    'plan': 'vqroi_jax.plan',
 }
 
 

@@ -387,18 +387,33 @@ class Sampler:
 
     @functools.cached_property
     def _draw_tokens(self) -> Callable:
-        def draw(whole: tuple[Any, jax.Array], label: jax.Array, index: jax.Array, given: jax.Array) -> jax.Array:
-            codes = self._vqgan.model.codes
-            return decoding.sample(self._model, *whole, label, index, given, codes, self._sampling)
-
+        draw = draw_function(self._model, self._vqgan.model.codes, self._sampling)
         return partitioning.on_each_device(draw, self._mesh)
 
     @functools.cached_property
     def _decode(self) -> Callable:
-        def decode(variables: Any, tokens: jax.Array) -> jax.Array:
-            return jax.lax.map(lambda one: self._vqgan.decode(variables, one[None])[0], tokens)
+        return partitioning.on_each_device(decode_function(self._vqgan), self._mesh)
 
-        return partitioning.on_each_device(decode, self._mesh)
+
+def draw_function(model: Transformer, codes: int, sampling: Sampling) -> Callable:
+    """What a device draws tokens with: pure, of ((parameters, seed), labels, indices, given), rows first.
+
+    See `decoding.sample` for what these are, and what comes out.
+    """
+
+    def draw(whole: tuple[Any, jax.Array], label: jax.Array, index: jax.Array, given: jax.Array) -> jax.Array:
+        return decoding.sample(model, *whole, label, index, given, codes, sampling)
+
+    return draw
+
+
+def decode_function(vqgan: TrainedVQGAN) -> Callable:
+    """What a device decodes with: pure, of (stage 1's variables, tokens `[n, L]`), one sample after the other."""
+
+    def decode(variables: Any, tokens: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda one: vqgan.decode(variables, one[None])[0], tokens)
+
+    return decode
 
 
 def _open_run(workdir: str | Path, task: str, stage: str, field: str) -> tuple[Path, ConfigDict]:

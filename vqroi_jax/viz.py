@@ -399,6 +399,67 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
     return page.figure
 
 
+def plan(
+    title: str,
+    names: Sequence[str],
+    memory: Mapping[str, Sequence[float]],
+    capacity: float,
+    seconds: Mapping[str, Sequence[float]],
+) -> Figure:
+    """What programs need of a chip: a bar each, of memory by kind, and of the least time that each part takes.
+
+    Args:
+        title: over all.
+        names: of the programs.
+        memory: by kind, GiB for each program; kinds are put end to end.
+        capacity: GiB that there are.
+        seconds: by part, for each program; parts are put below one another. Empty: no such panel.
+    """
+    height = 0.45 * len(names)
+    page = _Page(12.6 if seconds else 7.4, height + 1.9)
+    page.text(_MARGIN, 0.35, title, _TITLE)
+    places = np.arange(len(names))
+
+    def panel(left: float, label: str) -> Axes:
+        axes = page.axes(left, 0.95, 4.4, height)
+        _style(axes)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(places, names)
+        axes.set_xlabel(label)
+        return axes
+
+    axes, ends = panel(2.4, 'GiB of memory'), np.zeros(len(names))
+    for (kind, sizes), colour in zip(memory.items(), _LINES, strict=False):
+        if any(sizes):
+            axes.barh(places, sizes, 0.65, ends, color=colour, label=kind)
+        ends += sizes
+    for place, end in zip(places, ends, strict=True):
+        axes.text(end, place, f' {end:.3g}', color=_LIGHT, fontsize=_SMALL, va='center')
+    axes.set_xlim(0, 1.12 * max(ends))
+    if capacity < 2 * max(ends):
+        axes.axvline(capacity, color=_LIGHT, linewidth=1, linestyle='--', label=f'there are {capacity:.0f}')
+        axes.set_xlim(0, 1.12 * max(*ends, capacity))
+    panels = [axes]
+    if seconds:
+        axes = panel(7.8, 'least seconds a call, if nothing else were done')
+        axes.set_yticklabels([])
+        for number, ((part, times), colour) in enumerate(zip(seconds.items(), _LINES, strict=False)):
+            width = 0.8 / len(seconds)
+            axes.barh(places + (number - (len(seconds) - 1) / 2) * width, times, 0.9 * width, color=colour, label=part)
+        panels.append(axes)
+    for axes in panels:
+        axes.legend(
+            frameon=False,
+            fontsize=_SMALL,
+            labelcolor=_LIGHT,
+            ncols=5,
+            loc='lower left',
+            bbox_to_anchor=(0, 1),
+            borderpad=0,
+        )
+    return page.figure
+
+
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Writes a figure as PNG; the file is there as a whole or not at all. Its folder is made if need be."""
     path = Path(path)

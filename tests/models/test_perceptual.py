@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vqroi_jax import hlo
 from vqroi_jax.errors import InputError
 from vqroi_jax.models import perceptual
 
@@ -44,6 +46,17 @@ def test_loss_adds_the_slices_and_averages_the_batch(weights):
     ]
     expected = sum(float(lpips.apply({'params': weights}, *pair)[0]) for pair in pairs) / 2
     np.testing.assert_allclose(perceptual.perceptual_loss(lpips, weights, volume, other, indices), expected, rtol=1e-4)
+
+
+def test_devices_that_share_a_batch_exchange_the_loss_alone(weights):
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ('data',))
+    whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ('data',)))
+    loss = jax.jit(
+        lambda w, x, y: jnp.sum(perceptual.LPIPS().apply({'params': w}, x, y)), in_shardings=(whole, rows, rows)
+    )
+    images = jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.float32)
+    cost = hlo.read_cost(loss.lower(weights, images, images).compile().as_text())
+    assert [(one.kind, one.size) for one in cost.collectives] == [('all-reduce', 4)]
 
 
 def test_other_weights_are_refused(tmp_path, monkeypatch):

@@ -92,8 +92,9 @@ class LPIPS(nn.Module):
             float32 `[N]`.
         """
         distance = jnp.zeros((images.shape[0],), jnp.float32)
-        for stage, x in enumerate(_stages(jnp.concatenate([images, others]), self.dtype)):
-            one, other = jnp.split(_unit(x), 2)
+        pairs = jnp.stack([images, others], axis=1)  # side by side, so that both lie on the device that has the sample
+        for stage, x in enumerate(_stages(pairs.reshape(-1, *images.shape[1:]), self.dtype)):
+            one, other = jnp.moveaxis(_unit(x).reshape(-1, 2, *x.shape[1:]), 1, 0)
             head = self.param(f'head_{stage}', nn.initializers.zeros_init(), x.shape[-1:])
             distance += jnp.mean(jnp.square(one - other) @ head, axis=(1, 2))
         return distance

@@ -5,7 +5,7 @@ arrays that a task's rules split along `model`. Everything is `jax.jit` over glo
 batch is a sum over all devices and hosts.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import jax
@@ -16,17 +16,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vqroi_jax.errors import InputError
 
 
-def make_mesh(data: int, model: int = 1) -> Mesh:
+def make_mesh(data: int, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of this run's devices.
 
     Args:
         data: devices along the axis `data`; -1 takes all that are left.
         model: devices along the axis `model`.
+        devices: to use; None: this run's. Those of a described machine serve to compile for it.
 
     Raises:
         InputError: there are fewer devices than asked for, or several hosts and not all devices in use.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     there = f'there are {len(devices)} {devices[0].platform} devices'
     if not 1 <= model <= len(devices):
         raise InputError(f'config.mesh.model={model}: {there}; set it between 1 and {len(devices)}')
@@ -69,6 +70,18 @@ def shardings(tree: Any, rules: Mapping[str, PartitionSpec], mesh: Mesh) -> Any:
         return NamedSharding(mesh, specs[0] if specs else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def placed_shapes(shapes: Any, places: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s with shardings, to compile with where nothing may be allocated.
+
+    Args:
+        shapes: a tree of arrays or shapes.
+        places: a sharding for all of them, or a tree of one for each.
+    """
+    if isinstance(places, NamedSharding):
+        places = jax.tree.map(lambda _: places, shapes)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
 def one_run_options(platform: str) -> dict[str, int] | None:
@@ -137,7 +150,18 @@ def on_each_device(function: Callable, mesh: Mesh) -> Callable:
     Returns:
         The function of the former, placed already, and of NumPy arrays with all rows (the same on every host).
     """
-    rows, split = PartitionSpec('data'), batch_sharding(mesh)
+    jitted, split = jit_on_each_device(function, mesh), batch_sharding(mesh)
+
+    def call(whole, *arrays):
+        placed = [jax.make_array_from_callback(a.shape, split, a.__getitem__) for a in arrays]
+        return jitted(whole, tuple(placed))
+
+    return call
+
+
+def jit_on_each_device(function: Callable, mesh: Mesh) -> Callable:
+    """The same, of what is whole and of a tuple of the arrays, all placed (or shapes, to be lowered with)."""
+    rows = PartitionSpec('data')
 
     @jax.jit
     def jitted(whole, arrays):
@@ -150,11 +174,7 @@ def on_each_device(function: Callable, mesh: Mesh) -> Callable:
         )
         return mapped(whole, arrays)
 
-    def call(whole, *arrays):
-        placed = [jax.make_array_from_callback(a.shape, split, a.__getitem__) for a in arrays]
-        return jitted(whole, tuple(placed))
-
-    return call
+    return jitted
 
 
 def in_batches(function: Callable, whole: Any, array: np.ndarray, rows: int) -> Iterator[Any]:

@@ -150,7 +150,19 @@ def create_state(recipe: Recipe, mesh: Mesh) -> TransformerState:
         recipe: whose `settings.seed` decides the initial values.
         mesh: whose axis `model` shares the weights out.
     """
+    create = _creation(recipe)
+    shardings = state_shardings(jax.eval_shape(create), mesh)
+    options = partitioning.one_run_options(mesh.devices.flat[0].platform)
+    return jax.jit(create, out_shardings=shardings, compiler_options=options)()
 
+
+def state_shapes(recipe: Recipe, mesh: Mesh) -> TransformerState:
+    """Shapes, dtypes and shardings of what `create_state` makes, without making it."""
+    shapes = jax.eval_shape(_creation(recipe))
+    return partitioning.placed_shapes(shapes, state_shardings(shapes, mesh))
+
+
+def _creation(recipe: Recipe) -> Callable[[], TransformerState]:
     def create() -> TransformerState:
         ids = jnp.zeros((1, recipe.model.positions), jnp.int32)
         params = recipe.model.init(jax.random.key(recipe.settings.seed), ids)['params']
@@ -161,9 +173,7 @@ def create_state(recipe: Recipe, mesh: Mesh) -> TransformerState:
             average=jax.tree.map(jnp.copy, params) if recipe.settings.ema_decay > 0 else None,
         )
 
-    shardings = state_shardings(jax.eval_shape(create), mesh)
-    options = partitioning.one_run_options(mesh.devices.flat[0].platform)
-    return jax.jit(create, out_shardings=shardings, compiler_options=options)()
+    return create
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
@@ -295,6 +305,15 @@ def make_train_step(
             bring `volume`; None for batches that bring `tokens` and `scores`.
         variables: of stage 1, frozen.
     """
+    jitted = jit_train_step(recipe, state, mesh, encode)
+    variables = jax.device_put(variables, partitioning.replicated(mesh))
+    return lambda state, batch: jitted(state, batch, variables)
+
+
+def jit_train_step(
+    recipe: Recipe, state: TransformerState, mesh: Mesh, encode: Encode | None = None
+) -> Callable[[TransformerState, Batch, Any], tuple[TransformerState, Metrics]]:
+    """The same, of the state, the batch and stage 1's variables, which it also takes as shapes to be lowered with."""
     settings = recipe.settings
 
     def step(state, batch, variables):
@@ -310,9 +329,7 @@ def make_train_step(
 
     whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
     places = state_shardings(state, mesh)
-    jitted = jax.jit(step, in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
-    variables = jax.device_put(variables, whole)
-    return lambda state, batch: jitted(state, batch, variables)
+    return jax.jit(step, in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
 
 
 def evaluation_params(state: TransformerState) -> Any:

@@ -164,6 +164,17 @@ def create_state(recipe: Recipe, mesh: Mesh) -> VQGANState:
         recipe: whose `settings.seed` decides the initial values.
         mesh: the state is whole on each of its devices.
     """
+    options = partitioning.one_run_options(mesh.devices.flat[0].platform)
+    create = jax.jit(_creation(recipe), out_shardings=partitioning.replicated(mesh), compiler_options=options)
+    return create()
+
+
+def state_shapes(recipe: Recipe, mesh: Mesh) -> VQGANState:
+    """Shapes, dtypes and shardings of what `create_state` makes, without making it."""
+    return partitioning.placed_shapes(jax.eval_shape(_creation(recipe)), partitioning.replicated(mesh))
+
+
+def _creation(recipe: Recipe) -> Callable[[], VQGANState]:
     settings = recipe.settings
     shape = (1, *settings.data.roi_size, 1)
 
@@ -181,8 +192,7 @@ def create_state(recipe: Recipe, mesh: Mesh) -> VQGANState:
             average=jax.tree.map(jnp.copy, variables['params']) if settings.ema_decay > 0 else None,
         )
 
-    options = partitioning.one_run_options(mesh.devices.flat[0].platform)
-    return jax.jit(create, out_shardings=partitioning.replicated(mesh), compiler_options=options)()
+    return create
 
 
 def draw_noise(recipe: Recipe, step: jax.Array, rows: int) -> Noise:
@@ -458,15 +468,20 @@ def update(recipe: Recipe, state: VQGANState, batch: Batch, noise: Noise, weight
 
 def make_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[VQGANState, Batch], tuple[VQGANState, Metrics]]:
     """The jitted step over a mesh: (state, global batch) to (state, metrics); the state is donated."""
+    jitted = jit_train_step(recipe, mesh)
+    weights = jax.device_put(recipe.lpips_weights, partitioning.replicated(mesh))
+    return lambda state, batch: jitted(state, batch, weights)
+
+
+def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[VQGANState, Batch, Any], tuple[VQGANState, Metrics]]:
+    """The same, of the state, the batch and the weights of LPIPS, which it also takes as shapes to be lowered with."""
     whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
 
     def step(state, batch, weights):
         noise = draw_noise(recipe, state.step, batch['label'].shape[0])
         return update(recipe, state, {'volume': batch['volume'], 'label': batch['label']}, noise, weights)
 
-    jitted = jax.jit(step, in_shardings=(whole, rows, whole), out_shardings=(whole, whole), donate_argnums=0)
-    weights = jax.device_put(recipe.lpips_weights, whole)
-    return lambda state, batch: jitted(state, batch, weights)
+    return jax.jit(step, in_shardings=(whole, rows, whole), out_shardings=(whole, whole), donate_argnums=0)
 
 
 def initialise_codebook(recipe: Recipe, state: VQGANState, batches: list[Batch], mesh: Mesh) -> VQGANState:

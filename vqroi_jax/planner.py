@@ -1,0 +1,380 @@
+"""The programs of a stage, compiled for a machine that is not there: what each needs, and the largest batch that fits.
+
+A program is exactly what the stage's own command runs, lowered with shapes in place of arrays, so nothing of its size
+is allocated. `vqroi_jax.plan` is the command on top.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vqroi_jax import hlo
+from vqroi_jax.decoding import Sampling
+from vqroi_jax.errors import InputError
+from vqroi_jax.models.transformer import unstack
+from vqroi_jax.targets import GIB, Target
+from vqroi_jax.trained import TrainedVQGAN, decode_function, draw_function
+from vqroi_jax.training import partitioning, transformer, vqgan
+from vqroi_jax.workdir import write_atomically
+
+COMPILED_FOLDER = 'compiled'
+FORMAT = 1  # of what is kept there; another one once `hlo` counts otherwise
+TRIES = 3  # batches that are tried from the predicted one downwards
+REMATS = {  # settings of each stage's `model.remat`
+    'vqgan': ('none', 'activations', 'blocks'),
+    'transformer': ('none', 'blocks'),
+    'generate': ('',),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function and the shapes that it is lowered with."""
+
+    name: str
+    jitted: Any
+    arguments: tuple
+
+
+def programs(config: ConfigDict, mesh: Mesh) -> list[Program]:
+    """The programs of the stage, exactly those that its own command runs: a training step, or drawing and decoding.
+
+    Args:
+        config: as `configs/plan.py` has it, the stage's batch set.
+        mesh: to compile for; its devices need not be there.
+
+    Raises:
+        InputError: a setting of the stage cannot be used.
+    """
+    return {'vqgan': _vqgan_step, 'transformer': _transformer_step, 'generate': _generation}[config.stage](config, mesh)
+
+
+def _vqgan_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
+    recipe = _vqgan_recipe(config)
+    weights = partitioning.placed_shapes(recipe.lpips_weights, partitioning.replicated(mesh))
+    batch = _rows(config.vqgan.batch_size, mesh, volume=((*config.vqgan.data.roi_size, 1), jnp.float32))
+    step = vqgan.jit_train_step(recipe, mesh)
+    return [Program('step', step, (vqgan.state_shapes(recipe, mesh), batch, weights))]
+
+
+def _transformer_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
+    stage1, settings = _stage1(config, mesh), config.transformer
+    recipe = _transformer_recipe(config, stage1)
+    state, length = transformer.state_shapes(recipe, mesh), recipe.masking.length
+    if settings.augment.flip:
+        batch = _rows(settings.batch_size, mesh, volume=((*stage1.roi_size, 1), jnp.float32))
+        step = transformer.jit_train_step(recipe, state, mesh, stage1.encode)
+        return [Program('step', step, (state, batch, stage1.variables))]
+    batch = _rows(settings.batch_size, mesh, tokens=((length,), jnp.int32), scores=((length,), jnp.float32))
+    return [Program('step', transformer.jit_train_step(recipe, state, mesh), (state, batch, None))]
+
+
+def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
+    stage1, settings = _stage1(config, mesh), config.generate
+    recipe = _transformer_recipe(config, stage1)
+    model, length = recipe.model, recipe.masking.length
+    params = transformer.state_shapes(recipe, mesh).params
+    params = jax.eval_shape(unstack, params) if model.causal else params
+    params = partitioning.placed_shapes(params, partitioning.replicated(mesh))
+    sampling = Sampling.read(settings.sampling, model, stage1.model.codes, config.cohort.classes)
+    rows = settings.sampling.sub_batch * mesh.shape['data']
+    one, many = ((), jnp.int32), ((length,), jnp.int32)
+    wanted = _rows(rows, mesh, label=one, index=((), jnp.uint32), given=many)
+    draw = draw_function(model, stage1.model.codes, sampling)
+    seed = partitioning.placed_shapes(jax.ShapeDtypeStruct((), jnp.uint32), partitioning.replicated(mesh))
+    return [
+        Program('draw', partitioning.jit_on_each_device(draw, mesh), ((params, seed), tuple(wanted.values()))),
+        Program(
+            'decode',
+            partitioning.jit_on_each_device(decode_function(stage1), mesh),
+            (stage1.variables, (_rows(rows, mesh, tokens=many)['tokens'],)),
+        ),
+    ]
+
+
+def _vqgan_recipe(config: ConfigDict) -> vqgan.Recipe:
+    with _naming('vqgan'):
+        return vqgan.make_recipe(config.vqgan, config.cohort.classes, config.cohort.rois / config.vqgan.batch_size)
+
+
+def _transformer_recipe(config: ConfigDict, stage1: TrainedVQGAN) -> transformer.Recipe:
+    settings, cohort = config.transformer, config.cohort
+    with _naming('transformer'):
+        return transformer.make_recipe(
+            settings, stage1.model.codes, cohort.classes, stage1.grid, cohort.rois / settings.batch_size
+        )
+
+
+@contextlib.contextmanager
+def _naming(block: str) -> Iterator[None]:
+    """Names the fields in an `InputError` of a stage as they are called here, in its block of the config."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(re.sub(r'\bconfig\.', f'config.{block}.', str(error))) from None
+
+
+def _stage1(config: ConfigDict, mesh: Mesh) -> TrainedVQGAN:
+    """Stage 1 as it would be loaded, with shapes in place of its variables."""
+    settings = config.vqgan
+    recipe = _vqgan_recipe(config)
+    return TrainedVQGAN(
+        workdir=Path(),
+        step=0,
+        identity='',
+        config=settings,
+        model=recipe.model,
+        variables=vqgan.evaluation_variables(vqgan.state_shapes(recipe, mesh)),
+    )
+
+
+def _rows(number: int, mesh: Mesh, **arrays: tuple[tuple[int, ...], Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch with `number` rows, label and index among them, from those of one row."""
+    sharding = partitioning.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((number, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in ({'label': ((), jnp.int32), 'index': ((), jnp.int32)} | arrays).items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------ compiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program, of one chip.
+
+    Attributes:
+        program: its name, see `programs`.
+        remat: setting of the stage's `model.remat`; '' where it has none.
+        rows: ROIs a step (or samples drawn together) on each chip, or on each group of chips that shares the weights.
+        fits: whether the compiler could place it in the chip's memory.
+        memory: bytes by kind: `arguments`, `outputs`, `temporaries`, `program`, less `aliased`: outputs that take the
+            place of arguments. Where it does not fit, `needed` alone: what the compiler had come down to.
+        cost: what it does; zeros where it does not fit.
+        seconds: that the compilation took.
+    """
+
+    program: str
+    remat: str
+    rows: int
+    fits: bool
+    memory: dict[str, float]
+    cost: hlo.Cost
+    seconds: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of memory in all."""
+        return sum(-size if kind == 'aliased' else size for kind, size in self.memory.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, which `from_json` reads."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> 'Compiled':
+        """From plain values."""
+        collectives = tuple(hlo.Collective(**one) for one in stored['cost']['collectives'])
+        return cls(**{**stored, 'cost': hlo.Cost(**{**stored['cost'], 'collectives': collectives})})
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """The largest batch with one setting of `remat`.
+
+    Attributes:
+        remat: the setting.
+        fixed: bytes that do not depend on the batch, by a straight line through two compilations (through the first
+            alone, if that did not fit or the cohort has no more).
+        each: bytes a row of the batch.
+        predicted: rows a chip that the line says fit.
+        largest: rows a chip that were compiled and fit, the most of them; 0 if not even the least did.
+        capped: whether the cohort has no more ROIs than that, so that nothing was gained by more.
+        compiled: what was compiled for it, in that order.
+    """
+
+    remat: str
+    fixed: float
+    each: float
+    predicted: int
+    largest: int
+    capped: bool
+    compiled: tuple[Compiled, ...]
+
+
+class Planner:
+    """Compiles a stage for a target at batches of choice, each once; what was compiled is kept in the workdir.
+
+    Args:
+        config: as `configs/plan.py` has it, checked.
+        target: the machine.
+        folder: the workdir.
+
+    Raises:
+        InputError: the stage's mesh does not fit the target, or a setting of the stage cannot be used.
+    """
+
+    def __init__(self, config: ConfigDict, target: Target, folder: Path):
+        self.config, self.target, self._folder = config, target, folder
+        settings = config[config.stage]
+        model_axis = settings.mesh.model if config.stage == 'transformer' else 1
+        with _naming(config.stage):
+            self.mesh = partitioning.make_mesh(settings.mesh.data, model_axis, target.devices)
+        self.own_remat = '' if config.stage == 'generate' else settings.model.remat
+        self.remats = config.remat or tuple(sorted(REMATS[config.stage], key=lambda remat: remat != self.own_remat))
+        self._micro_batches = 1 if config.stage == 'generate' else settings.micro_batches
+        self._begin, self._number = time.perf_counter(), 0
+        programs(self._with(self._micro_batches, self.own_remat), self.mesh)  # refuses bad settings at once
+
+    @property
+    def chips(self) -> int:
+        """Of the mesh."""
+        return self.mesh.devices.size
+
+    @property
+    def groups(self) -> int:
+        """Parts that the batch is split into: chips, or groups of chips that share the weights."""
+        return self.mesh.shape['data']
+
+    def configured(self) -> int | None:
+        """Rows a chip of the stage's own batch; None if it cannot be split evenly."""
+        if self.config.stage == 'generate':
+            return self.config.generate.sampling.sub_batch
+        rows, rest = divmod(self.config[self.config.stage].batch_size, self.groups)
+        return rows if rows and not rest and not rows % self._micro_batches else None
+
+    def indivisible(self) -> str:
+        """Why `configured` is None."""
+        stage = self.config.stage
+        return (
+            f'config.{stage}.batch_size={self.config[stage].batch_size} does not divide by {self.groups} chips x '
+            f'{self._micro_batches} micro-batch(es)'
+        )
+
+    def search(self, remat: str) -> Search:
+        """Finds the largest batch: two compilations, a straight line, and one more or a few to make sure."""
+        unit = self._micro_batches
+        most = max(self._most() // unit, 1)  # all in units of rows from here
+        done = [self.compile(unit, remat)]
+        if most > 1 and done[0].fits:
+            done.append(self.compile(2 * unit, remat))
+        fixed, each = fit_line([(one.rows, one.total) for one in done])
+        room = self.target.memory * (1 - self.config.margin)
+        predicted = largest_that_fits(fixed, each * unit, room, most)
+        for number in range(predicted, max(predicted - TRIES, 2), -1):
+            one = self.compile(unit * number, remat)
+            done.append(one)
+            if one.fits and one.total <= room:
+                break
+        largest = max((one.rows for one in done if one.fits and one.total <= room), default=0)
+        return Search(remat, fixed, each, unit * predicted, largest, largest == unit * most, tuple(done))
+
+    def compile(self, rows: int, remat: str) -> Compiled:
+        """The stage's main program (the first) at a batch; what is in the workdir already is read from there."""
+        return self._compile(programs(self._with(rows, remat), self.mesh)[0], rows, remat)
+
+    def others(self, rows: int, remat: str) -> list[Compiled]:
+        """The stage's other programs at a batch."""
+        return [self._compile(one, rows, remat) for one in programs(self._with(rows, remat), self.mesh)[1:]]
+
+    def batch_size(self, rows: int) -> int:
+        """Rows of the global batch."""
+        return rows * self.groups
+
+    def _most(self) -> int:
+        """Rows a chip beyond which a step would see a patient twice (or draw more samples than are wanted)."""
+        wanted = self.config.generate.number if self.config.stage == 'generate' else self.config.cohort.rois
+        return max(wanted // self.groups, 1)
+
+    def _with(self, rows: int, remat: str) -> ConfigDict:
+        config = copy.deepcopy(self.config)
+        if config.stage == 'generate':
+            config.generate.sampling.sub_batch = rows
+        else:
+            config[config.stage].batch_size = self.batch_size(rows)
+            config[config.stage].model.remat = remat
+        return config
+
+    def _compile(self, program: Program, rows: int, remat: str) -> Compiled:
+        self._number += 1
+        kind = f', remat {remat}' if remat else ''
+        print(
+            f'[{self._number}] {self.config.stage} {program.name} for {self.target.name}{kind}, {rows} a chip: ',
+            end='',
+            flush=True,
+        )
+        traced = program.jitted.trace(*program.arguments)
+        lowered = traced.lower(lowering_platforms=(self.target.platform,))
+        if self.target.platform == 'cuda':  # lowered for it, which checks that; but only a GPU's compiler could go on
+            lowered = traced.lower(lowering_platforms=('cpu',))
+        identity = hashlib.sha256(json.dumps([FORMAT, self.target.name, self.target.versions]).encode())
+        identity.update(lowered.as_text().encode())
+        path = self._folder / COMPILED_FOLDER / f'{identity.hexdigest()[:32]}.json'
+        if path.exists():
+            result = Compiled.from_json(json.loads(path.read_text(encoding='utf-8')))
+            print(f'known, {_shown(result)}')
+            return result
+        print('compiling ... ', end='', flush=True)
+        result = _measure(lowered, program.name, rows, remat)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(result.to_json(), indent=2) + '\n')
+        print(f'{result.seconds:.0f} s ({time.perf_counter() - self._begin:.0f} s in all), {_shown(result)}')
+        return result
+
+
+def _shown(one: Compiled) -> str:
+    return f'{one.total / GIB:.2f} GiB' + ('' if one.fits else ', which is too much')
+
+
+def _measure(lowered: Any, name: str, rows: int, remat: str) -> Compiled:
+    begin = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        memory, fits, cost = {'needed': needed_memory(str(error))}, False, hlo.Cost()
+        if not memory['needed']:
+            raise
+    else:
+        stats, fits = compiled.memory_analysis(), True
+        memory = {
+            'arguments': stats.argument_size_in_bytes,
+            'outputs': stats.output_size_in_bytes,
+            'temporaries': stats.temp_size_in_bytes,
+            'program': stats.generated_code_size_in_bytes,
+            'aliased': stats.alias_size_in_bytes,
+        }
+        cost = hlo.read_cost(compiled.as_text())
+    return Compiled(name, remat, rows, fits, memory, cost, time.perf_counter() - begin)
+
+
+def needed_memory(message: str) -> float:
+    """Bytes that a program needs which the compiler refused for that; 0 if it was refused for something else."""
+    found = re.search(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm', message)
+    return float(found[1]) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[found[2]] if found else 0.0
+
+
+def fit_line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """The straight line through the first two points (x, y): its value at 0, and its slope; through one, flat."""
+    (x, y), *more = points
+    slope = (more[0][1] - y) / (more[0][0] - x) if more else 0.0
+    return y - slope * x, slope
+
+
+def largest_that_fits(fixed: float, each: float, room: float, most: int) -> int:
+    """The largest whole n up to `most` for which fixed + n * each is at most `room`; 0 if none is."""
+    if each <= 0:
+        return most if fixed <= room else 0
+    return max(0, min(most, int((room - fixed) // each)))
