@@ -135,7 +135,7 @@ def _lock(lock: Any, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _compiled_in(folder: Path) -> Iterator[None]:
-    if jax.config.read('jax_compilation_cache_dir') is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         yield
         return
     jax.config.update('jax_compilation_cache_dir', str(folder.absolute() / COMPILED_FOLDER / _processor()))
