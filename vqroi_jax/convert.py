@@ -32,7 +32,7 @@ from vqroi_jax.trained import (
 )
 from vqroi_jax.training import loop, transformer, vqgan
 from vqroi_jax.training.checkpoints import Checkpoints, saved_steps
-from vqroi_jax.workdir import open_workdir, read_config, require_space, write_atomically
+from vqroi_jax.workdir import open_workdir, read_config, write_atomically
 
 SOURCE_FILE = 'source.json'  # in the folder `release`: which file the run was read from
 REST_FILE = 'rest.pth'  # likewise: what the run has no place for
@@ -355,9 +355,6 @@ def write(config: ConfigDict, folder: Path) -> None:
     else:
         raise InputError(f'--config.run={config.run} is neither a run of stage 1 nor of stage 2: its task is {task!r}')
     path = folder / f'{task}.pth'
-    require_space(
-        folder, sum(array.nbytes for array in jax.tree.leaves(contents) if hasattr(array, 'nbytes')), path.name
-    )
     torch_files.write(path, contents)
     print(f'{path} has step {trained.step} of {trained.workdir}')
     if untold:
