@@ -349,7 +349,11 @@ def write(config: ConfigDict, folder: Path) -> None:
         trained = load_transformer(config.run, config.checkpoint, config.vqgan_workdir)
         contents = release.rename(_stage1_tensors(trained.vqgan)[0], release.NETWORKS) | _stage2_tensors(trained)
         heads = trained.model.heads
-        untold = _untold(trained.vqgan)
+        untold, facts = _untold(trained.vqgan), trained.facts
+        print(
+            f'whoever reads the file back has to say --config.classes="{facts.classes}" '
+            f'--config.spacing="{facts.spacing or ()}" --config.synthetic={facts.synthetic}'
+        )
         if heads != release.HEADS:
             untold.append(f'{heads} heads (--config.transformer.model.heads={heads})')
     else:
