@@ -141,7 +141,9 @@ def test_a_stage_2_file_brings_its_stage_1_and_comes_back(stage2_run, stage2_fil
     path, contents = write_back(stage2_run, tmp_path / 'out')
     assert path.name == 'transformer.pth'
     assert_same(contents, tensors)
-    assert '4 heads (--config.transformer.model.heads=4)' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert '4 heads (--config.transformer.model.heads=4)' in out
+    assert "--config.classes=\"('a', 'b', 'c')\" --config.spacing=\"(1.0, 1.0, 1.0)\" --config.synthetic=False" in out
     # Its stage 1 is a run like any other.
     _, contents = write_back(stage2_run / 'vqgan', tmp_path / 'out1')
     flat = {f'{network}.{name}': array for network, state in contents.items() for name, array in state.items()}

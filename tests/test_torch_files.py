@@ -1,4 +1,6 @@
+import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -26,6 +28,32 @@ def test_wrapped_and_prefixed_dicts_are_unwrapped(tmp_path):
     back = torch_files.read(path)
     assert list(back) == ['x']
     assert back['x'].dtype == np.float32
+
+
+def test_whatever_is_in_a_file_comes_back(tmp_path):
+    torch = pytest.importorskip('torch', reason='PyTorch (extra convert) reads these files')
+    contents = {
+        'net': {'w': ARRAYS['b.weight'].T},
+        'state': {0: {'step': np.array(3.0, np.float16)}},
+        'rest': [(1, None)],
+    }
+    torch_files.write(tmp_path / 'w.pth', contents)
+    back = torch_files.read_contents(tmp_path / 'w.pth')
+    np.testing.assert_array_equal(back['net'].pop('w'), ARRAYS['b.weight'].T)
+    assert back['state'][0]['step'].dtype == np.float16
+    assert back == {'net': {}, 'state': {0: {'step': 3.0}}, 'rest': [(1, None)]}
+    assert [path.name for path in tmp_path.iterdir()] == ['w.pth']
+    torch.save({'w': torch.ones(2, dtype=torch.bfloat16)}, tmp_path / 'b.pth')
+    with pytest.raises(InputError, match=r'b\.pth has tensors that cannot be read as they are: .*BFloat16'):
+        torch_files.read_contents(tmp_path / 'b.pth')
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    pytest.importorskip('torch', reason='PyTorch (extra convert) reads these files')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda folder: types.SimpleNamespace(free=20))
+    with pytest.raises(InputError, match=r'no disk space: w\.pth needs'):
+        torch_files.write(tmp_path / 'w.pth', ARRAYS)
+    assert not list(tmp_path.iterdir())
 
 
 class Unsafe:

@@ -32,7 +32,7 @@ from vqroi_jax.trained import (
 )
 from vqroi_jax.training import loop, transformer, vqgan
 from vqroi_jax.training.checkpoints import Checkpoints, saved_steps
-from vqroi_jax.workdir import open_workdir, read_config, require_space, write_atomically
+from vqroi_jax.workdir import open_workdir, read_config, write_atomically
 
 SOURCE_FILE = 'source.json'  # in the folder `release`: which file the run was read from
 REST_FILE = 'rest.pth'  # likewise: what the run has no place for
@@ -349,15 +349,16 @@ def write(config: ConfigDict, folder: Path) -> None:
         trained = load_transformer(config.run, config.checkpoint, config.vqgan_workdir)
         contents = release.rename(_stage1_tensors(trained.vqgan)[0], release.NETWORKS) | _stage2_tensors(trained)
         heads = trained.model.heads
-        untold = _untold(trained.vqgan)
+        untold, facts = _untold(trained.vqgan), trained.facts
+        print(
+            f'whoever reads the file back has to say --config.classes="{facts.classes}" '
+            f'--config.spacing="{facts.spacing or ()}" --config.synthetic={facts.synthetic}'
+        )
         if heads != release.HEADS:
             untold.append(f'{heads} heads (--config.transformer.model.heads={heads})')
     else:
         raise InputError(f'--config.run={config.run} is neither a run of stage 1 nor of stage 2: its task is {task!r}')
     path = folder / f'{task}.pth'
-    require_space(
-        folder, sum(array.nbytes for array in jax.tree.leaves(contents) if hasattr(array, 'nbytes')), path.name
-    )
     torch_files.write(path, contents)
     print(f'{path} has step {trained.step} of {trained.workdir}')
     if untold:

@@ -45,12 +45,12 @@ def measure(evaluation: Evaluation) -> None:
     Raises:
         InputError: there are too few ROIs of a class, a real one is empty, or a reconstruction has no ROI.
     """
-    _check_sizes(evaluation)
+    _check_sets(evaluation)
     for group in tqdm([name for name in GROUPS if name in evaluation.config.metrics], desc='measuring', disable=None):
         GROUPS[group](evaluation)
 
 
-def _check_sizes(evaluation: Evaluation) -> None:
+def _check_sets(evaluation: Evaluation) -> None:
     shape, seen = evaluation.real.volumes.shape[1:], {*SEEN_BY_VGG16} & {*evaluation.config.metrics}
     if seen and min(shape) < perceptual.SMALLEST:
         raise InputError(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vqroi_jax.errors import InputError
+from vqroi_jax.workdir import require_space
 
 _SHOWN = 5  # names in a message
 
@@ -69,15 +70,20 @@ def write(path: str | Path, contents: Any) -> None:
         contents: arrays by name, or anything that `read_contents` returns; arrays become tensors.
 
     Raises:
-        InputError: PyTorch is not installed.
+        InputError: PyTorch is not installed, or the disk has no room.
     """
-    torch = _torch(path)
+    torch, path, sizes = _torch(path), Path(path), []
 
     def as_tensor(value: Any) -> Any:
-        return torch.from_numpy(np.array(value, order='C')) if isinstance(value, np.ndarray) else value
+        if not isinstance(value, np.ndarray):
+            return value
+        sizes.append(value.nbytes)
+        return torch.from_numpy(np.array(value, order='C'))
 
-    temporary = Path(path).with_name(f'{Path(path).name}.tmp')
-    torch.save(_map(as_tensor, contents), temporary)
+    tensors = _map(as_tensor, contents)
+    require_space(path.parent, sum(sizes), path.name)
+    temporary = path.with_name(f'{path.name}.tmp')
+    torch.save(tensors, temporary)
     temporary.replace(path)
 
 

@@ -50,8 +50,8 @@ def originals(real: RoiSet, fake: RoiSet) -> np.ndarray:
     for (label, name), row in rows['fake'].items():
         if (label, name) not in rows['real']:
             raise InputError(
-                f"config.fake={fake.path}: {fake.ids[row]} has no pair: 'reconstruction' looks for a ROI called {name} "
-                f'of class {label} in config.real={real.path}'
+                f"config.fake={fake.path}: {fake.ids[row]} has no pair: 'reconstruction' looks for an ROI called "
+                f'{name} of class {label} in config.real={real.path}'
             )
     return np.array([rows['real'][pair] for pair in rows['fake']])
 
