@@ -36,7 +36,7 @@ def test_validation_equals_plain_loops_over_held_out_patients(tiny_transformer, 
     trained = load_transformer(tiny_transformer)
     assert trained.step == 8
     vqgan = trained.vqgan
-    source = encode_cohort(vqgan, find_cohort(vqgan, ''), partitioning.make_mesh(1))['val']
+    source = encode_cohort(vqgan, find_cohort(vqgan, ''), partitioning.make_mesh({'data': 1}))['val']
     recipe = transformer.make_recipe(config, 32, 2, vqgan.grid, 1.5)
     losses, right = {}, {}
     for index in range(len(source)):
@@ -98,7 +98,7 @@ def test_figures_keep_the_given_half(tiny_transformer, tiny_transformer_config, 
         train_transformer.viz, 'completions', lambda *arguments: seen.update(zip('origsxlih', arguments, strict=False))
     )
     trained = load_transformer(tiny_transformer)
-    mesh, vqgan = partitioning.make_mesh(1), trained.vqgan
+    mesh, vqgan = partitioning.make_mesh({'data': 1}), trained.vqgan
     recipe = transformer.make_recipe(tiny_transformer_config(), 32, 2, vqgan.grid, 1.5)
     cohort = find_cohort(vqgan, '')
     source = encode_cohort(vqgan, cohort, mesh)['val']

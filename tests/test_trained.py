@@ -23,7 +23,7 @@ def trained(tiny_transformer):
 def sampler(trained, devices=1, seed=5, **changes):
     sampling = trained.config.sampling.copy_and_resolve_references().unlock()
     sampling.update({'sub_batch': 4, **changes})
-    return trained.sampler(sampling, seed, partitioning.make_mesh(devices))
+    return trained.sampler(sampling, seed, partitioning.make_mesh({'data': devices}))
 
 
 @pytest.fixture(scope='module')
@@ -97,7 +97,7 @@ def test_nothing_asked_nothing_drawn(many):
 def test_tokens_and_scores_are_those_of_the_encoder(tiny_vqgan):
     vqgan = load_vqgan(tiny_vqgan)
     cohort = find_cohort(vqgan, '')
-    sources = encode_cohort(vqgan, cohort, partitioning.make_mesh(3))
+    sources = encode_cohort(vqgan, cohort, partitioning.make_mesh({'data': 3}))
     assert {name: len(source) for name, source in sources.items()} == {'train': 6, 'val': 2, 'test': 2}
     rois, source = cohort.split('train'), sources['train']
     volumes = np.stack([rois.volume(i) for i in range(6)])
@@ -113,7 +113,7 @@ def test_tokens_and_scores_are_those_of_the_encoder(tiny_vqgan):
 
 def test_tokens_are_encoded_once_for_each_checkpoint(tiny_vqgan, monkeypatch):
     vqgan = load_vqgan(tiny_vqgan)
-    cohort, mesh = find_cohort(vqgan, ''), partitioning.make_mesh(1)
+    cohort, mesh = find_cohort(vqgan, ''), partitioning.make_mesh({'data': 1})
     first = encode_cohort(vqgan, cohort, mesh)
 
     def again(*unused):

@@ -21,6 +21,8 @@ from vqroi_jax.errors import InputError
 
 CONFIG_FILE = 'config.json'
 LOCK_FILE = '.lock'
+UNRECORDED = ('print_shardings',)  # fields that say what to show of a run, and not what it is
+LAYOUT = 'mesh.'  # block that says what a run is computed on: it may go on elsewhere, with the same results to rounding
 SHOWN_DIFFERENCES = 8  # fields; more are counted
 
 
@@ -39,7 +41,7 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
 
     Args:
         workdir: the run's folder, on a local or mounted file system.
-        config: of the run. All of it counts: a run goes on with exactly the config that it began with.
+        config: of the run. A run goes on with exactly the config that it began with, but for its block `mesh`.
 
     Yields:
         The folder.
@@ -128,7 +130,8 @@ def _lock(lock: Any, folder: Path) -> None:
 
 def _record_config(folder: Path, config: ConfigDict) -> None:
     path = folder / CONFIG_FILE
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+    plain = {name: value for name, value in config.to_dict().items() if name not in UNRECORDED}
+    text = json.dumps(plain, indent=2, sort_keys=True) + '\n'
     if not path.exists():
         write_atomically(path, text)
         return
@@ -136,7 +139,7 @@ def _record_config(folder: Path, config: ConfigDict) -> None:
     differences = [
         f'{name} {_shown(there, name)} there, {_shown(now, name)} now'
         for name in sorted(there.keys() | now.keys())
-        if name not in there or name not in now or there[name] != now[name]
+        if not name.startswith(LAYOUT) and (name not in there or name not in now or there[name] != now[name])
     ]
     if differences:
         more = len(differences) - SHOWN_DIFFERENCES

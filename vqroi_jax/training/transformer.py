@@ -7,6 +7,7 @@ encodes them within the step. Source: sections 2.3 to 2.5 of the design.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from vqroi_jax import masking
 from vqroi_jax.errors import InputError
@@ -29,16 +30,6 @@ Metrics = dict[str, jax.Array]
 Encode = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]  # (stage 1's variables, volumes) to tokens, scores
 
 AXES = {'depth': 1, 'height': 2, 'width': 3}  # of a batch of volumes
-
-# How the weights are shared out along the mesh axis `model`; attention heads and the MLP's units stay whole.
-RULES = {
-    **{f'{name}/kernel': PartitionSpec(None, None, 'model') for name in ('query', 'key', 'value', 'up')},
-    **{f'{name}/bias': PartitionSpec(None, 'model') for name in ('query', 'key', 'value', 'up')},
-    **{f'{name}/kernel': PartitionSpec(None, 'model', None) for name in ('projection', 'down')},
-    'token_embedding': PartitionSpec(None, 'model'),
-    'position_embedding': PartitionSpec(None, 'model'),
-    'head/kernel': PartitionSpec('model', None),
-}
 
 
 @flax.struct.dataclass
@@ -143,32 +134,30 @@ def _is_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 
 
+def _initial_state(recipe: Recipe) -> TransformerState:
+    ids = jnp.zeros((1, recipe.model.positions), jnp.int32)
+    params = recipe.model.init(jax.random.key(recipe.settings.seed), ids)['params']
+    return TransformerState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=recipe.optimizer.init(params),
+        average=jax.tree.map(jnp.copy, params) if recipe.settings.ema_decay > 0 else None,
+    )
+
+
+def state_shapes(recipe: Recipe) -> TransformerState:
+    """Shapes and types of a state, without any array."""
+    return jax.eval_shape(functools.partial(_initial_state, recipe))
+
+
 def create_state(recipe: Recipe, mesh: Mesh) -> TransformerState:
     """The state before the first step, created where it will live.
 
     Args:
         recipe: whose `settings.seed` decides the initial values.
-        mesh: whose axis `model` shares the weights out.
+        mesh: whose axes `model` and `fsdp` share the arrays out.
     """
-
-    def create() -> TransformerState:
-        ids = jnp.zeros((1, recipe.model.positions), jnp.int32)
-        params = recipe.model.init(jax.random.key(recipe.settings.seed), ids)['params']
-        return TransformerState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            optimizer=recipe.optimizer.init(params),
-            average=jax.tree.map(jnp.copy, params) if recipe.settings.ema_decay > 0 else None,
-        )
-
-    shardings = state_shardings(jax.eval_shape(create), mesh)
-    options = partitioning.one_run_options(mesh.devices.flat[0].platform)
-    return jax.jit(create, out_shardings=shardings, compiler_options=options)()
-
-
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Where each array of a state (or its parameters alone, or their shapes) lives on a mesh."""
-    return partitioning.shardings(state, RULES, mesh)
+    return partitioning.create(functools.partial(_initial_state, recipe), mesh)
 
 
 class Example(NamedTuple):
@@ -282,18 +271,20 @@ def update(recipe: Recipe, state: TransformerState, example: Example) -> tuple[T
     return TransformerState(state.step + 1, *kept), metrics
 
 
-def make_train_step(
-    recipe: Recipe, state: TransformerState, mesh: Mesh, encode: Encode | None = None, variables: Any = None
-) -> Callable[[TransformerState, Batch], tuple[TransformerState, Metrics]]:
-    """The jitted step over a mesh: (state, global batch) to (state, metrics); the state is donated.
+def jit_step(
+    recipe: Recipe, state: TransformerState, mesh: Mesh, encode: Encode | None = None
+) -> Callable[..., tuple[TransformerState, Metrics]]:
+    """The step over a mesh, for `jax.jit`'s own methods as well: (state, global batch, variables) to (state, metrics).
 
     Args:
         recipe: what to compute.
-        state: or its shapes.
-        mesh: of the run.
+        state: or its shapes; the state that is stepped is donated.
+        mesh: to compute on.
         encode: from stage 1's variables and volumes `[B, D, H, W, 1]` to tokens and scores `[B, L]`, for batches that
             bring `volume`; None for batches that bring `tokens` and `scores`.
-        variables: of stage 1, frozen.
+
+    Returns:
+        A jitted function, whose variables are stage 1's, whole on every device, or None without `encode`.
     """
     settings = recipe.settings
 
@@ -309,9 +300,24 @@ def make_train_step(
         return update(recipe, state, make_example(recipe, keys.masking, tokens, scores, label))
 
     whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
-    places = state_shardings(state, mesh)
-    jitted = jax.jit(step, in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
-    variables = jax.device_put(variables, whole)
+    places, step = partitioning.state_shardings(state, mesh), partitioning.traced_on(mesh, step)
+    return jax.jit(step, in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
+
+
+def make_train_step(
+    recipe: Recipe, state: TransformerState, mesh: Mesh, encode: Encode | None = None, variables: Any = None
+) -> Callable[[TransformerState, Batch], tuple[TransformerState, Metrics]]:
+    """The jitted step of a run: (state, global batch) to (state, metrics).
+
+    Args:
+        recipe: as of `jit_step`, like what follows.
+        state: or its shapes.
+        mesh: of the run.
+        encode: of stage 1, for batches that bring `volume`.
+        variables: of stage 1, frozen.
+    """
+    jitted = jit_step(recipe, state, mesh, encode)
+    variables = jax.device_put(variables, partitioning.replicated(mesh))
     return lambda state, batch: jitted(state, batch, variables)
 
 
