@@ -43,6 +43,7 @@ def train(config: ConfigDict, folder: Path) -> None:
         InputError: a setting, stage 1 or the cohort cannot be used; before anything is compiled.
     """
     mesh = partitioning.make_mesh(config.mesh)
+    transformer.check_mesh(config, mesh)
     partitioning.check_batch('batch_size', config.batch_size, config.micro_batches, mesh)
     partitioning.check_batch('eval_batch_size', config.eval_batch_size, 1, mesh)
     vqgan = load_vqgan(config.vqgan_workdir, config.vqgan_checkpoint)

@@ -81,8 +81,6 @@ def make_model(config: ml_collections.ConfigDict, codes: int, classes: int, leng
             raise InputError(f'config.model.{field}={model[field]}: expected 1 or more')
     if model.width % model.heads:
         raise InputError(f'config.model.width={model.width} does not divide by config.model.heads={model.heads}')
-    if model.heads % config.mesh.model:
-        raise InputError(f'config.model.heads={model.heads} does not divide by config.mesh.model={config.mesh.model}')
     if not 0 <= config.label_dropout < 1:
         raise InputError(f'config.label_dropout={config.label_dropout}: expected a share from 0 to below 1')
     if unknown := [axis for axis in config.augment.flip if axis not in AXES]:
@@ -98,6 +96,17 @@ def make_model(config: ml_collections.ConfigDict, codes: int, classes: int, leng
         remat=model.remat,
         dtype=jnp.dtype(config.dtype),
     )
+
+
+def check_mesh(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Refuses a mesh that would cut attention heads.
+
+    Raises:
+        InputError: naming the fields.
+    """
+    heads, parts = config.model.heads, mesh.shape['model']
+    if heads % parts:
+        raise InputError(f'config.model.heads={heads} does not divide by config.mesh.model={parts}')
 
 
 def make_recipe(
