@@ -36,8 +36,10 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.batch_size = 3  # ROIs a step, over all devices and hosts
     config.micro_batches = 1  # parts that a step is computed in, one after the other, to save memory
     config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = -1  # devices that share the batch; -1: all that are left
-    config.mesh.model = 1  # devices that share the weights; divides the heads
+    config.mesh.data = -1  # devices that share the batch; -1, in one of the three: all that are left
+    config.mesh.fsdp = 1  # devices that share the batch and all parameters and optimiser states: less memory
+    config.mesh.model = 1  # devices that share the work of each layer, by its units; divides the heads
+    config.print_shardings = False  # print where every parameter would live, and how many bytes of a device, and end
 
     config.model = model = ml_collections.ConfigDict()
     model.layers = 24

@@ -29,7 +29,12 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.batch_size = 3  # ROIs a step, over all devices and hosts
     config.micro_batches = 1  # parts that a step is computed in, one after the other, to save memory
     config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = -1  # devices that share the batch; -1: all
+    config.mesh.data = -1  # devices that share the batch; -1, in one of the three: all that are left
+    config.mesh.fsdp = 1  # devices that share the batch and all parameters and optimiser states: less memory
+    # Devices that share each ROI, by its depth slices, for ROIs or batches too large for one; with the two above it
+    # makes the number of devices. It divides the latent grid's depth (8 at 128³).
+    config.mesh.spatial = 1
+    config.print_shardings = False  # print where every parameter would live, and how many bytes of a device, and end
 
     config.model = model = ml_collections.ConfigDict()
     model.channels = (32, 64, 128, 256)  # after each halving of the volume; the decoder mirrors them

@@ -7,7 +7,10 @@ And what several tests of stage 2 begin with: a stage 1 that was trained for a m
 
 import os
 import pathlib
+import re
 import runpy
+import socket
+import subprocess
 
 import pytest
 
@@ -25,6 +28,36 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+
+
+@pytest.fixture
+def several_processes():
+    """Starts a command in several processes of one run, each with some devices; none outlives the test."""
+    started = []
+
+    def start(command, number, devices):
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            address = f'127.0.0.1:{probe.getsockname()[1]}'
+        flags = re.sub(r'device_count=\d+', f'device_count={devices}', os.environ['XLA_FLAGS'])
+        processes = [
+            subprocess.Popen(
+                [*command, f'--hosts={address},{number},{index}'],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, 'XLA_FLAGS': flags},
+            )
+            for index in range(number)
+        ]
+        started.extend(processes)
+        return processes
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.fixture(scope='session')

@@ -659,7 +659,7 @@ def test_a_folder_that_holds_no_run_is_told(tmp_path):
 def test_every_variant_of_the_config_is_read_by_the_command_line(variant, number):
     arguments = ['--workdir=out', '--config.transformer_workdir=runs/t', '--config.checkpoint=1500']
     arguments += ['--config.classes=HGG', '--config.paste.centre=(120,100,70)', '--config.intensity.maximum=500']
-    config, workdir = main.parse_arguments(['main', f'--config={CONFIG}{variant}', *arguments])
+    config, workdir, _ = main.parse_arguments(['main', f'--config={CONFIG}{variant}', *arguments])
     assert (config.task, workdir, config.number) == ('generate', 'out', number)
     assert (config.checkpoint, config.classes, config.paste.centre) == ('1500', ('HGG',), (120, 100, 70))
     assert config.intensity.maximum == 500.0

@@ -36,7 +36,7 @@ def test_validation_equals_plain_loops_over_held_out_patients(tiny_transformer, 
     trained = load_transformer(tiny_transformer)
     assert trained.step == 8
     vqgan = trained.vqgan
-    source = encode_cohort(vqgan, find_cohort(vqgan, ''), partitioning.make_mesh(1))['val']
+    source = encode_cohort(vqgan, find_cohort(vqgan, ''), partitioning.make_mesh({'data': 1}))['val']
     recipe = transformer.make_recipe(config, 32, 2, vqgan.grid, 1.5)
     losses, right = {}, {}
     for index in range(len(source)):
@@ -98,7 +98,7 @@ def test_figures_keep_the_given_half(tiny_transformer, tiny_transformer_config, 
         train_transformer.viz, 'completions', lambda *arguments: seen.update(zip('origsxlih', arguments, strict=False))
     )
     trained = load_transformer(tiny_transformer)
-    mesh, vqgan = partitioning.make_mesh(1), trained.vqgan
+    mesh, vqgan = partitioning.make_mesh({'data': 1}), trained.vqgan
     recipe = transformer.make_recipe(tiny_transformer_config(), 32, 2, vqgan.grid, 1.5)
     cohort = find_cohort(vqgan, '')
     source = encode_cohort(vqgan, cohort, mesh)['val']
@@ -117,6 +117,18 @@ def test_figures_keep_the_given_half(tiny_transformer, tiny_transformer_config, 
     np.testing.assert_allclose(recons, expected, atol=1e-4)
 
 
+def test_shardings_are_printed_and_nothing_is_trained(tiny_transformer_config, tmp_path, capsys):
+    changes = {'print_shardings': True, 'mesh.data': 1, 'mesh.fsdp': 4, 'mesh.model': 2, 'model.width': 128}
+    train_transformer.run(tiny_transformer_config(**changes), tmp_path)
+    rows = {line.split()[0]: ' '.join(line.split()[1:]) for line in capsys.readouterr().out.splitlines() if line}
+    assert rows['params/blocks/up/kernel'] == f'(2, 128, 512) -, fsdp, model {2 * 128 * 512 * 4 // 8:,}'
+    assert rows['params/blocks/query/bias'] == f'(2, 128) -, model {2 * 128 * 4 // 2:,}'
+    assert rows['params/norm/scale'] == f'(128) whole {128 * 4:,}'
+    assert 'optimizer' in rows
+    assert rows['average'] == rows['params']
+    assert not (tmp_path / 'checkpoints').exists()
+
+
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
@@ -126,7 +138,7 @@ def test_figures_keep_the_given_half(tiny_transformer, tiny_transformer_config, 
         ({'vqgan_checkpoint': 'newest'}, "checkpoint 'newest': expected 'latest', 'best' or the number of a step"),
         ({'data.path': '/nowhere'}, '/nowhere holds no prepared cohort'),
         ({'batch_size': 5}, 'batch_size=5 does not divide by 2 device'),
-        ({'mesh.model': 8, 'mesh.data': 1}, 'config.model.heads=2 does not divide by config.mesh.model=8'),
+        ({'mesh.model': -1, 'mesh.data': 1}, 'config.model.heads=2 does not divide by config.mesh.model=8'),
         ({'masking.strategy': 'nobody'}, "config.masking.strategy='nobody'"),
         ({'sampling.top_k': 33}, 'sampling.top_k=33: expected 0 .off. to 32'),
         ({'sampling.sub_batch': 0}, 'sampling.sub_batch=0'),

@@ -1,5 +1,6 @@
 """Stage 1's command from end to end at smoke size: what it leaves, and that stopping changes nothing."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -15,6 +16,8 @@ from vqroi_jax.prepare import prepare
 from vqroi_jax.training import loop
 from vqroi_jax.training.checkpoints import read_checkpoint
 from vqroi_jax.training.metric_writers import read_metrics
+from vqroi_jax.training.vqgan import VQGANState
+from vqroi_jax.workdir import open_workdir
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
@@ -28,7 +31,7 @@ def smoke_config(**changes):
     config.model.channels = (8,)
     config.model.encoder_res_blocks = config.model.decoder_res_blocks = (0,)
     config.discriminator.channels = (8,)
-    config.mesh.data = 2
+    config.mesh.data = config.mesh.spatial = 2
     config.batch_size = config.eval_batch_size = 4
     config.ema_decay = 0.9
     config.training.duration = '8 steps'
@@ -138,6 +141,7 @@ def test_one_patient_trains_without_validation(cohort, tmp_path, capsys):
         ({'batch_size': 5}, 'batch_size=5 does not divide by 2 device'),
         ({'eval_batch_size': 3}, 'eval_batch_size=3 does not divide'),
         ({'mesh.data': 9}, 'there are 8 cpu devices'),
+        ({'mesh.data': 1, 'mesh.spatial': 3}, 'mesh.spatial=3 does not divide the 8 depth slices'),
         ({'data.roi_size': (16, 16, 15)}, 'width 15 does not divide by 2'),
         ({'training.duration': 'long'}, 'training.duration'),
     ],
@@ -150,6 +154,25 @@ def test_bad_settings_are_told_before_any_work(cohort, tmp_path, change, words, 
     monkeypatch.setattr(train_vqgan.vqgan, 'create_state', too_late)
     with pytest.raises(InputError, match=words):
         train_vqgan.run(smoke_config(**{'data.path': str(cohort), **change}), tmp_path)
+
+
+def test_shardings_are_printed_and_nothing_is_trained(cohort, tmp_path, capsys):
+    changes = {'data.path': str(cohort), 'mesh.fsdp': 4, 'mesh.spatial': 1, 'batch_size': 8, 'eval_batch_size': 8}
+    train_vqgan.run(smoke_config(**changes, print_shardings=True), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    cells = [line.split() for line in lines]
+    # 8³ tokens of 8 numbers, and 32 hidden units
+    assert ['params/classifier/hidden/kernel', '(4096,', '32)', 'fsdp,', '-', f'{4096 * 32 * 4 // 4:,}'] in cells
+    assert ['discriminator/logits/kernel', '(4,', '4,', '4,', '8,', '1)', 'whole', f'{4**3 * 8 * 4:,}'] in cells
+    assert 'on 8 device(s): data 2, fsdp 4, model 1, spatial 1' in lines
+    own = {row[0]: int(row[1].replace(',', '')) for row in cells[-8:-1]}
+    assert list(own) == [field.name for field in dataclasses.fields(VQGANState)]
+    in_all, whole = (int(number.replace(',', '')) for number in (cells[-1][2], cells[-1][-1]))
+    assert sum(own.values()) == in_all < whole
+    # That the config was looked at so keeps nothing from running.
+    train_vqgan.run(smoke_config(**changes, print_shardings=True), tmp_path)
+    with open_workdir(tmp_path, smoke_config(**changes)):
+        pass
 
 
 def test_a_collapsed_codebook_is_told():

@@ -20,10 +20,10 @@ def trained(tiny_transformer):
     return load_transformer(tiny_transformer)
 
 
-def sampler(trained, devices=1, seed=5, **changes):
+def sampler(trained, mesh=None, seed=5, **changes):
     sampling = trained.config.sampling.copy_and_resolve_references().unlock()
     sampling.update({'sub_batch': 4, **changes})
-    return trained.sampler(sampling, seed, partitioning.make_mesh(devices))
+    return trained.sampler(sampling, seed, partitioning.make_mesh(mesh or {'data': 1}))
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +53,7 @@ def test_a_sample_depends_on_seed_class_and_index_alone(many, order):
 
 def test_a_sample_does_not_depend_on_the_number_of_devices(trained, many):
     draw, tokens = many
-    wide = sampler(trained, devices=4)
+    wide = sampler(trained, {'data': 2, 'fsdp': 2, 'model': 2})
     assert (draw.rows, wide.rows) == (4, 16)
     drawn = wide.tokens(np.repeat([0, 1], 10), np.tile(np.arange(10), 2))
     np.testing.assert_array_equal(drawn, tokens)
@@ -97,7 +97,7 @@ def test_nothing_asked_nothing_drawn(many):
 def test_tokens_and_scores_are_those_of_the_encoder(tiny_vqgan):
     vqgan = load_vqgan(tiny_vqgan)
     cohort = find_cohort(vqgan, '')
-    sources = encode_cohort(vqgan, cohort, partitioning.make_mesh(3))
+    sources = encode_cohort(vqgan, cohort, partitioning.make_mesh({'data': 3}))
     assert {name: len(source) for name, source in sources.items()} == {'train': 6, 'val': 2, 'test': 2}
     rois, source = cohort.split('train'), sources['train']
     volumes = np.stack([rois.volume(i) for i in range(6)])
@@ -113,7 +113,7 @@ def test_tokens_and_scores_are_those_of_the_encoder(tiny_vqgan):
 
 def test_tokens_are_encoded_once_for_each_checkpoint(tiny_vqgan, monkeypatch):
     vqgan = load_vqgan(tiny_vqgan)
-    cohort, mesh = find_cohort(vqgan, ''), partitioning.make_mesh(1)
+    cohort, mesh = find_cohort(vqgan, ''), partitioning.make_mesh({'data': 1})
     first = encode_cohort(vqgan, cohort, mesh)
 
     def again(*unused):

@@ -114,6 +114,19 @@ def test_whole_and_other_numbers_of_the_same_value_are_the_same(tmp_path):
         pass
 
 
+def test_a_run_may_go_on_with_another_mesh_and_what_is_shown_of_it_is_not_recorded(tmp_path):
+    config = make_config()
+    config.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1})
+    config.print_shardings = True
+    with open_workdir(tmp_path, config):
+        pass
+    assert 'print_shardings' not in read_config(tmp_path)
+    config.mesh.fsdp, config.print_shardings = 8, False
+    with open_workdir(tmp_path, config):
+        pass
+    assert read_config(tmp_path).mesh.fsdp == 1
+
+
 def test_a_damaged_config_is_told(tmp_path):
     (tmp_path / 'config.json').write_text('{"task": "pre')
     with pytest.raises(InputError, match=r'config\.json is damaged'), open_workdir(tmp_path, make_config()):

@@ -51,7 +51,7 @@ class Autoencoder:
 
     def __init__(self, vqgan: TrainedVQGAN):
         self.vqgan = vqgan
-        self._mesh = partitioning.make_mesh(-1)
+        self._mesh = partitioning.make_mesh({'data': -1})
 
     @property
     def roi_size(self) -> tuple[int, int, int]:
@@ -159,7 +159,7 @@ class Autoencoder:
 
     def _by_device(self, function: Callable, batch: np.ndarray) -> Any:
         """The function's results for each row, stacked."""
-        rows = list(partitioning.in_batches(function, self._variables, batch, self._mesh.shape['data']))
+        rows = list(partitioning.in_batches(function, self._variables, batch, partitioning.row_parts(self._mesh)))
         return jax.tree.map(lambda *parts: np.stack(parts), *rows)
 
     @functools.cached_property

@@ -170,7 +170,7 @@ def generate(
     labels = _chosen(config.classes, transformer.classes)
     if host:
         _check_fit(host, transformer.roi_size)
-    sampler = transformer.sampler(config.sampling, config.seed, partitioning.make_mesh(config.mesh.data))
+    sampler = transformer.sampler(config.sampling, config.seed, partitioning.make_mesh(config.mesh))
     store, missing = None, np.zeros((len(labels), config.number), bool)
     if is_primary():
         _warn_of_spacing(transformer.spacing, {'reference': reference, 'paste.brain': host.affine if host else None})

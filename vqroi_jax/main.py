@@ -5,10 +5,14 @@
     --config         a Python file with get_config(variant); its `task` says what runs
     --config.FIELD   sets one field, for instance --config.training.duration='500 steps'
     --workdir        the folder that everything is written to; the same command again resumes the run
+    --hosts          for a run in several processes, on several hosts or on one; the same command in each, but for
+                     ADDRESS:PORT,NUMBER,INDEX: where the first is, how many there are, and which this is (from 0);
+                     'auto': found out by JAX (Cloud TPU pods, SLURM, Open MPI), which is the default where the
+                     environment names several; 'none': this process alone
     --help           this text, and the fields of --config if one is given
 
 Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with everything saved; 2 something that you can mend,
-told in one line.
+told in one line; of several processes, 1 or the signal of an abort where another was lost.
 """
 
 import difflib
@@ -17,6 +21,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from vqroi_jax import hosts
 from vqroi_jax.errors import InputError, Stopped
 
 # Imported when they are started: jax and its kin take seconds, and --help should not.
@@ -57,30 +63,35 @@ def main(argv: list[str]) -> int:
         arguments = parse_arguments(argv)
         if arguments is None:
             return 0
-        config, workdir = arguments
+        config, workdir, where = arguments
+        hosts.join(where, config.task)
         importlib.import_module(TASKS[config.task]).run(config, workdir)
     except Stopped as stopped:
         print(f'vqroi_jax: {stopped}')
-    except InputError as error:
-        return _fail(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _fail(f'{error}: free some space, then run the same command again to resume')
     except KeyboardInterrupt:
         print('vqroi_jax: interrupted', file=sys.stderr)
-        return 130
+        return hosts.leave(130)
+    except Exception as error:
+        lost = hosts.loss_of_a_process(error)
+        message = lost or _mendable(error)
+        if message is None and not hosts.joined():
+            raise
+        if message is None:
+            traceback.print_exc()
+        else:
+            _fail(message)
+        return hosts.leave(1 if lost or message is None else 2)
     return 0
 
 
-def parse_arguments(argv: list[str]) -> tuple[ConfigDict, str] | None:
+def parse_arguments(argv: list[str]) -> tuple[ConfigDict, str, str] | None:
     """Reads the command line.
 
     Args:
         argv: the program's name and the arguments.
 
     Returns:
-        The locked config with its overrides, and the workdir; None if help was wanted, and printed.
+        The locked config with its overrides, the workdir and what `--hosts` says; None if help was wanted, and printed.
 
     Raises:
         InputError: an unknown flag, field, task or variant, a value of the wrong type, something missing.
@@ -89,6 +100,7 @@ def parse_arguments(argv: list[str]) -> tuple[ConfigDict, str] | None:
     values.set_gnu_getopt(True)
     flags.DEFINE_string('config', None, 'config file', flag_values=values)
     flags.DEFINE_string('workdir', None, 'where everything is written to', flag_values=values)
+    flags.DEFINE_string('hosts', '', 'which of several processes this is', flag_values=values)
     flags.DEFINE_bool('help', False, 'what the arguments are', flag_values=values, short_name='h')
     try:
         rest = values(argv, known_only=True)
@@ -97,7 +109,7 @@ def parse_arguments(argv: list[str]) -> tuple[ConfigDict, str] | None:
     for argument in rest[1:]:
         flag = re.match(r'--?([a-z][^=]*)', argument, re.IGNORECASE)
         if flag and not re.match(r'(no)?config\.', flag[1]):
-            raise InputError(f'there is no flag --{flag[1]}{_nearest(flag[1], ["config", "workdir", "help"])}')
+            raise InputError(f'there is no flag --{flag[1]}{_nearest(flag[1], ["config", "workdir", "hosts", "help"])}')
     if values.help:
         print(__doc__)
     if values.config is None:
@@ -113,7 +125,7 @@ def parse_arguments(argv: list[str]) -> tuple[ConfigDict, str] | None:
         raise InputError(f'{values.config}: task {config.get("task")!r} is none of {", ".join(TASKS)}')
     if not values.workdir:
         raise InputError('no --workdir given; name the folder to write to, for instance --workdir=runs/first')
-    return config, values.workdir
+    return config, values.workdir, values.hosts
 
 
 def load_config(path: str) -> ConfigDict:
@@ -208,9 +220,17 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f'; did you mean {best!r}?' if best and likeness(best) > 1 else ''
 
 
-def _fail(message: Any) -> int:
-    print(f'vqroi_jax: error: {" ".join(str(message).split())}', file=sys.stderr)
-    return 2
+def _mendable(error: Exception) -> str | None:
+    """What to say of an error that the user can mend; None for all other errors."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f'{error}: free some space, then run the same command again to resume'
+    return None
+
+
+def _fail(message: str) -> None:
+    print(f'vqroi_jax: error: {" ".join(message.split())}', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -64,32 +64,36 @@ def programs(config: ConfigDict, mesh: Mesh) -> list[Program]:
 def _vqgan_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
     recipe = _vqgan_recipe(config)
     weights = partitioning.placed_shapes(recipe.lpips_weights, partitioning.replicated(mesh))
-    batch = _rows(config.vqgan.batch_size, mesh, volume=((*config.vqgan.data.roi_size, 1), jnp.float32))
-    step = vqgan.jit_train_step(recipe, mesh)
-    return [Program('step', step, (vqgan.state_shapes(recipe, mesh), batch, weights))]
+    rows, shape = config.vqgan.batch_size, (*config.vqgan.data.roi_size, 1)
+    batch = {
+        'volume': jax.ShapeDtypeStruct((rows, *shape), jnp.float32, sharding=partitioning.volume_sharding(mesh)),
+        'label': _rows(rows, mesh)['label'],
+    }
+    state = _placed(vqgan.state_shapes(recipe), mesh)
+    return [Program('step', vqgan.jit_step(recipe, state, mesh), (state, batch, weights))]
 
 
 def _transformer_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
     stage1, settings = _stage1(config, mesh), config.transformer
     recipe = _transformer_recipe(config, stage1)
-    state, length = transformer.state_shapes(recipe, mesh), recipe.masking.length
+    state, length = _placed(transformer.state_shapes(recipe), mesh), recipe.masking.length
     if settings.augment.flip:
         batch = _rows(settings.batch_size, mesh, volume=((*stage1.roi_size, 1), jnp.float32))
-        step = transformer.jit_train_step(recipe, state, mesh, stage1.encode)
+        step = transformer.jit_step(recipe, state, mesh, stage1.encode)
         return [Program('step', step, (state, batch, stage1.variables))]
     batch = _rows(settings.batch_size, mesh, tokens=((length,), jnp.int32), scores=((length,), jnp.float32))
-    return [Program('step', transformer.jit_train_step(recipe, state, mesh), (state, batch, None))]
+    return [Program('step', transformer.jit_step(recipe, state, mesh), (state, batch, None))]
 
 
 def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
     stage1, settings = _stage1(config, mesh), config.generate
     recipe = _transformer_recipe(config, stage1)
     model, length = recipe.model, recipe.masking.length
-    params = transformer.state_shapes(recipe, mesh).params
+    params = transformer.state_shapes(recipe).params
     params = jax.eval_shape(unstack, params) if model.causal else params
     params = partitioning.placed_shapes(params, partitioning.replicated(mesh))
     sampling = Sampling.read(settings.sampling, model, stage1.model.codes, config.cohort.classes)
-    rows = settings.sampling.sub_batch * mesh.shape['data']
+    rows = settings.sampling.sub_batch * partitioning.row_parts(mesh)
     one, many = ((), jnp.int32), ((length,), jnp.int32)
     wanted = _rows(rows, mesh, label=one, index=((), jnp.uint32), given=many)
     draw = draw_function(model, stage1.model.codes, sampling)
@@ -136,8 +140,15 @@ def _stage1(config: ConfigDict, mesh: Mesh) -> TrainedVQGAN:
         identity='',
         config=settings,
         model=recipe.model,
-        variables=vqgan.evaluation_variables(vqgan.state_shapes(recipe, mesh)),
+        variables=partitioning.placed_shapes(
+            vqgan.evaluation_variables(vqgan.state_shapes(recipe)), partitioning.replicated(mesh)
+        ),
     )
+
+
+def _placed(state: Any, mesh: Mesh) -> Any:
+    """A state's shapes with the places where its arrays would live."""
+    return partitioning.placed_shapes(state, partitioning.state_shardings(state, mesh))
 
 
 def _rows(number: int, mesh: Mesh, **arrays: tuple[tuple[int, ...], Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -230,9 +241,8 @@ class Planner:
     def __init__(self, config: ConfigDict, target: Target, folder: Path):
         self.config, self.target, self._folder = config, target, folder
         settings = config[config.stage]
-        model_axis = settings.mesh.model if config.stage == 'transformer' else 1
         with _naming(config.stage):
-            self.mesh = partitioning.make_mesh(settings.mesh.data, model_axis, target.devices)
+            self.mesh = partitioning.make_mesh(settings.mesh, target.devices)
         self.own_remat = '' if config.stage == 'generate' else settings.model.remat
         self.remats = config.remat or tuple(sorted(REMATS[config.stage], key=lambda remat: remat != self.own_remat))
         self._micro_batches = 1 if config.stage == 'generate' else settings.micro_batches
@@ -247,7 +257,7 @@ class Planner:
     @property
     def groups(self) -> int:
         """Parts that the batch is split into: chips, or groups of chips that share the weights."""
-        return self.mesh.shape['data']
+        return partitioning.row_parts(self.mesh)
 
     def configured(self) -> int | None:
         """Rows a chip of the stage's own batch; None if it cannot be split evenly."""

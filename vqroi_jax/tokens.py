@@ -108,7 +108,7 @@ def _encode(vqgan: TrainedVQGAN, sources: dict[str, RoiSource], mesh: Mesh) -> d
     """ROI by ROI on each device, so that tokens do not depend on how many there are."""
     variables = jax.device_put(vqgan.variables, partitioning.replicated(mesh))
     encode = partitioning.on_each_device(vqgan.encode, mesh)
-    rows, length = mesh.shape['data'], int(np.prod(vqgan.grid))
+    rows, length = partitioning.row_parts(mesh), int(np.prod(vqgan.grid))
     arrays: dict[str, np.ndarray] = {}
     total = sum(map(len, sources.values()))
     with tqdm(total=total, desc='encoding', unit='ROI', disable=None if is_primary() else True) as bar:

@@ -119,7 +119,7 @@ def check_settings(config: ConfigDict) -> Mesh:
                 f'config.arms.{name}.weights is empty, but its features are frozen: name the folder of a part of an '
                 'earlier experiment, or a file of MedicalNet'
             )
-    mesh = partitioning.make_mesh(config.mesh.data)
+    mesh = partitioning.make_mesh(config.mesh)
     for stage in STAGES:
         partitioning.check_batch(f'{stage}.batch_size', config[stage].batch_size, 1, mesh)
     return mesh
@@ -214,7 +214,7 @@ def train_stage(
     """
     settings, classes = config[stage], len(part.train.sets[0].classes)
     seed = config.seed + number
-    batches = pipeline.Batches(part.train, settings.batch_size, seed, **partitioning.this_process())
+    batches = pipeline.Batches(part.train, settings.batch_size, seed, **partitioning.this_process(mesh))
     steps = to_steps(settings.training.duration, batches.steps_per_epoch, f'{stage}.training.duration')
     counts = np.maximum(np.bincount(part.train.labels, minlength=classes), 1)
     recipe = classifier.Recipe(
@@ -259,7 +259,7 @@ def logits_of(recipe: classifier.Recipe, mesh: Mesh, batch: int) -> Callable[...
 
     def logits(params: dict, statistics: dict, rois: Rois) -> np.ndarray:
         parts = []
-        for rows in pipeline.eval_batches(rois, batch, **partitioning.this_process()):
+        for rows in pipeline.eval_batches(rois, batch, **partitioning.this_process(mesh)):
             volume = partitioning.put_batch({'volume': rows['volume']}, mesh)['volume']
             parts.append(partitioning.gather(forward(params, statistics, volume)))
         return np.concatenate(parts)[: len(rois)]

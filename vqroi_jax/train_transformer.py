@@ -44,15 +44,20 @@ def train(config: ConfigDict, folder: Path) -> None:
     Raises:
         InputError: a setting, stage 1 or the cohort cannot be used; before anything is compiled.
     """
-    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.model)
+    mesh = partitioning.make_mesh(config.mesh)
+    transformer.check_mesh(config, mesh)
     partitioning.check_batch('batch_size', config.batch_size, config.micro_batches, mesh)
     partitioning.check_batch('eval_batch_size', config.eval_batch_size, 1, mesh)
     vqgan = load_vqgan(config.vqgan_workdir, config.vqgan_checkpoint)
     cohort = find_cohort(vqgan, config.data.path)
     rois = cohort.split('train')
     check_finished(vqgan, config.vqgan_checkpoint, len(rois))
-    batch = pipeline.Batches(rois, config.batch_size, config.seed, **partitioning.this_process())
+    batch = pipeline.Batches(rois, config.batch_size, config.seed, **partitioning.this_process(mesh))
     recipe = transformer.make_recipe(config, vqgan.model.codes, len(cohort.classes), vqgan.grid, batch.steps_per_epoch)
+    if config.print_shardings:
+        if is_primary():
+            print(partitioning.shardings_table(transformer.state_shapes(recipe), mesh))
+        return
     sampler = make_sampler(recipe, vqgan, mesh)
     facts = stage1_facts(vqgan, cohort)
     if is_primary():
@@ -63,7 +68,7 @@ def train(config: ConfigDict, folder: Path) -> None:
     batches = (
         batch
         if augmented
-        else pipeline.Batches(sources['train'], config.batch_size, config.seed, **partitioning.this_process())
+        else pipeline.Batches(sources['train'], config.batch_size, config.seed, **partitioning.this_process(mesh))
     )
     state = transformer.create_state(recipe, mesh)
     if is_primary():
@@ -138,7 +143,7 @@ def make_evaluation(
         }
         return {name: jnp.einsum('b,bc->c', values.astype(jnp.float32), member) for name, values in of_sample.items()}
 
-    sums = jax.jit(sums, out_shardings=partitioning.replicated(mesh))
+    sums = jax.jit(partitioning.traced_on(mesh, sums), out_shardings=partitioning.replicated(mesh))
 
     def figures(total: dict[str, np.ndarray], end: str) -> dict[str, float]:
         cross_entropy = float(total['cross_entropy'] / max(total['counted'], 1.0))
@@ -150,7 +155,7 @@ def make_evaluation(
 
     def evaluate(state: transformer.TransformerState) -> dict[str, float]:
         params = transformer.evaluation_params(state)
-        batches = pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process())
+        batches = pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process(mesh))
         parts = [jax.device_get(sums(params, partitioning.put_batch(batch, mesh))) for batch in batches]
         total = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
         result = figures({name: values.sum() for name, values in total.items()}, '')

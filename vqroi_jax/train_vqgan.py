@@ -48,12 +48,17 @@ def train(config: ConfigDict, folder: Path) -> None:
         InputError: a setting or the cohort cannot be used; before anything is compiled.
     """
     vqgan.check_sizes(config)
-    mesh = partitioning.make_mesh(config.mesh.data)
+    mesh = partitioning.make_mesh(config.mesh)
+    vqgan.check_mesh(config, mesh)
     partitioning.check_batch('batch_size', config.batch_size, config.micro_batches, mesh)
     partitioning.check_batch('eval_batch_size', config.eval_batch_size, 1, mesh)
     cohort = open_cohort(config, folder / 'cohort')
-    batches = pipeline.Batches(cohort.split('train'), config.batch_size, config.seed, **partitioning.this_process())
+    batches = pipeline.Batches(cohort.split('train'), config.batch_size, config.seed, **partitioning.this_process(mesh))
     recipe = vqgan.make_recipe(config, len(cohort.classes), batches.steps_per_epoch)
+    if config.print_shardings:
+        if is_primary():
+            print(partitioning.shardings_table(vqgan.state_shapes(recipe), mesh))
+        return
     state = vqgan.create_state(recipe, mesh)
     if is_primary():
         loop.write_parameters(folder, state.params)
@@ -81,7 +86,7 @@ def train(config: ConfigDict, folder: Path) -> None:
     look = make_look(recipe, mesh)
     task = loop.TrainingTask(
         state=state,
-        train_step=vqgan.make_train_step(recipe, mesh),
+        train_step=vqgan.make_train_step(recipe, state, mesh),
         batches=batches,
         put_batch=put_batch,
         evaluate=make_evaluation(recipe, look, cohort, mesh) if len(held_out) else None,
@@ -125,7 +130,8 @@ def make_look(recipe: vqgan.Recipe, mesh: Mesh) -> Callable[[dict, jax.Array], S
         reconstruction = recipe.model.apply(variables, trunk.features, method='head')
         return Seen(reconstruction, trunk.tokens, trunk.scores, trunk.logits)
 
-    return jax.jit(look, out_shardings=partitioning.batch_sharding(mesh))
+    volumes, rows = partitioning.volume_sharding(mesh), partitioning.batch_sharding(mesh)
+    return jax.jit(partitioning.traced_on(mesh, look), out_shardings=Seen(volumes, rows, rows, rows))
 
 
 def make_evaluation(
@@ -157,7 +163,7 @@ def make_evaluation(
 
     def evaluate(state: vqgan.VQGANState) -> dict[str, float]:
         variables, parts = vqgan.evaluation_variables(state), []
-        for rows in pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process()):
+        for rows in pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process(mesh)):
             batch = partitioning.put_batch(rows, mesh)
             parts.append(jax.device_get(sums(look(variables, batch['volume']), batch)))
         by_class, patients, tokens = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
@@ -188,7 +194,7 @@ def make_figures(
     spacing = cohort.spacing(ids)
     first = list(range(0, len(shown), rows))
     padded = np.pad(volumes, [(0, len(first) * rows - len(shown)), *[(0, 0)] * 4], mode='edge')
-    mine = pipeline.process_rows(rows, **partitioning.this_process())
+    mine = pipeline.process_rows(rows, **partitioning.this_process(mesh))
     batches = [partitioning.put_batch({'volume': padded[i : i + rows][mine]}, mesh)['volume'] for i in first]
 
     def figures(state: vqgan.VQGANState) -> dict[str, Figure]:

@@ -331,7 +331,7 @@ class Sampler:
     @property
     def rows(self) -> int:
         """Samples that are computed together: a group on each device."""
-        return self._group * self._mesh.shape['data']
+        return self._group * partitioning.row_parts(self._mesh)
 
     def draw(self, label: int, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Volumes of a class, float32 `[D, H, W]` in (-1, 1), in the order of `indices`."""
@@ -379,7 +379,7 @@ class Sampler:
                 free = np.full(self._group, -1)
                 groups.append(free)
             free[row] = place
-        number = self._mesh.shape['data']
+        number = partitioning.row_parts(self._mesh)
         for start in range(0, len(groups), number):
             rows = np.full((number, self._group), -1)
             rows[: len(groups) - start] = groups[start : start + number]

@@ -25,6 +25,8 @@ from vqroi_jax.errors import InputError
 CONFIG_FILE = 'config.json'
 LOCK_FILE = '.lock'
 COMPILED_FOLDER = 'compiled'  # programs, so that a run that goes on, or the same one again, does not compile anew
+UNRECORDED = ('print_shardings',)  # fields that say what to show of a run, and not what it is
+LAYOUT = 'mesh.'  # block that says what a run is computed on: it may go on elsewhere, with the same results to rounding
 SHOWN_DIFFERENCES = 8  # fields; more are counted
 
 
@@ -44,7 +46,7 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
 
     Args:
         workdir: the run's folder, on a local or mounted file system.
-        config: of the run. All of it counts: a run goes on with exactly the config that it began with.
+        config: of the run. A run goes on with exactly the config that it began with, but for its block `mesh`.
 
     Yields:
         The folder.
@@ -157,7 +159,8 @@ def _processor() -> str:
 
 def _record_config(folder: Path, config: ConfigDict) -> None:
     path = folder / CONFIG_FILE
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+    plain = {name: value for name, value in config.to_dict().items() if name not in UNRECORDED}
+    text = json.dumps(plain, indent=2, sort_keys=True) + '\n'
     if not path.exists():
         write_atomically(path, text)
         return
@@ -165,7 +168,7 @@ def _record_config(folder: Path, config: ConfigDict) -> None:
     differences = [
         f'{name} {_shown(there, name)} there, {_shown(now, name)} now'
         for name in sorted(there.keys() | now.keys(), key=lambda name: (name != 'task', name))
-        if name not in there or name not in now or there[name] != now[name]
+        if not name.startswith(LAYOUT) and (name not in there or name not in now or there[name] != now[name])
     ]
     if differences:
         more = len(differences) - SHOWN_DIFFERENCES

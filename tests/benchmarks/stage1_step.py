@@ -53,13 +53,13 @@ def volume(side: int) -> np.ndarray:
 
 def our_step(config: ml_collections.ConfigDict) -> tuple[Callable[[], None], Callable[[], float]]:
     """Compiles our step; returns a function that takes one step and one that counts its operations."""
-    mesh = partitioning.make_mesh(1)
+    mesh = partitioning.make_mesh({'data': 1})
     recipe = vqgan.make_recipe(config, classes=2, steps_per_epoch=94)
     numpy_batch = {'volume': volume(config.data.roi_size[0]), 'label': np.zeros(1, np.int32)}
     batch = partitioning.put_batch(numpy_batch, mesh)
     state = [vqgan.create_state(recipe, mesh)]
     gc.collect()  # the program that made the state, a gigabyte
-    step = vqgan.make_train_step(recipe, mesh)
+    step = vqgan.make_train_step(recipe, state[0], mesh)
 
     def run() -> None:
         state[0], metrics = step(state[0], batch)

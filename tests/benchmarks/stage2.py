@@ -77,7 +77,7 @@ def make_tokens(length: int) -> np.ndarray:
 
 def our_step(options: argparse.Namespace) -> Side:
     """Compiles our step; returns a function that takes one step and one that counts its operations."""
-    mesh, recipe = partitioning.make_mesh(1), make_recipe(options)
+    mesh, recipe = partitioning.make_mesh({'data': 1}), make_recipe(options)
     tokens, label = make_tokens(options.length), np.arange(TRAINING_BATCH, dtype=np.int32) % CLASSES
     scores = np.random.default_rng(1).uniform(0.1, 0.9, tokens.shape).astype(np.float32)
     batch = partitioning.put_batch({'tokens': tokens, 'scores': scores, 'label': label}, mesh)

@@ -8,7 +8,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vqroi_jax.models import convolution, slab_convolution
+from vqroi_jax.models.axes import AXES, ROWS, VOLUMES
 from vqroi_jax.models.convolution import conv3d, upsample_conv3d
+
+WHOLE = PartitionSpec()
 
 CASES = {  # batch, sides, in, out, kernel, stride, padding
     'k3': (2, (5, 6, 7), 3, 4, 3, 1, 1),
@@ -169,12 +172,52 @@ def test_a_sharded_batch_stays_sharded():
     assert_same(sharded(x, kernel, stride_kernel), jax.jit(step)(x, kernel, stride_kernel))
 
 
+SPLIT = {  # case, mesh of data and spatial, and how many slices of the result each device then has
+    'k4 stride 2': ((2, (8, 6, 5), 2, 3, 4, 2, 1), (2, 4), 1),
+    'k3': ((4, (8, 5, 4), 2, 3, 3, 1, 1), (2, 4), 2),
+    'k1': ((2, (4, 3, 3), 2, 3, 1, 1, 0), (1, 4), 1),
+    'k5, halos of two slices': ((2, (8, 5, 4), 2, 3, 5, 1, 2), (2, 4), 2),
+    'too thin for its halos': ((2, (4, 5, 4), 2, 3, 5, 1, 2), (2, 4), 4),
+    'a result that does not divide': ((2, (8, 6, 6), 2, 3, 4, 1, 0), (2, 4), 5),
+    'a depth that does not divide': ((2, (6, 6, 6), 2, 3, 3, 1, 1), (2, 4), 6),
+    'upsampling': ((2, (4, 3, 5), 2, 3, 3, 1, 1), (2, 4), 2),
+}
+
+
+@pytest.mark.parametrize(
+    'name',
+    [name if name in ('k4 stride 2', 'upsampling') else pytest.param(name, marks=pytest.mark.long) for name in SPLIT],
+)
+def test_a_volume_split_along_depth_equals_a_whole_one(name):
+    (*sizes, stride, padding), shape, slices = SPLIT[name]
+    inputs = arguments(*sizes)
+    mesh = Mesh(np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape[0], 1, 1, shape[1]), AXES)
+
+    def convolve(*inputs):
+        if name == 'upsampling':
+            return upsample_conv3d(*inputs)
+        return conv3d(*inputs, stride=stride, padding=padding)
+
+    def split(*inputs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return result_and_gradients(convolve, inputs)
+
+    places = [NamedSharding(mesh, spec) for spec in (ROWS if sizes[1][0] % shape[1] else VOLUMES, WHOLE, WHOLE)]
+    compiled = jax.jit(split, in_shardings=places).lower(*inputs).compile()
+    results = compiled(*(jax.device_put(x, place) for x, place in zip(inputs, places, strict=True)))
+    own = results[0].addressable_shards[0].data.shape[1]
+    assert own == slices
+    if own < results[0].shape[1]:
+        assert 'all-gather' not in compiled.as_text()
+    assert_same(results, result_and_gradients(convolve, inputs))
+
+
 def test_memory_beside_arguments_and_results_is_a_few_slices():
     """No copy the size of the volume, neither padded nor of windows."""
     x, kernel, bias = arguments(1, (64, 32, 32), 8, 8, 3)
     for function in (
         lambda *inputs: conv3d(*inputs, padding=1),
-        lambda *inputs: convolution._gradients(*inputs[:2], inputs[0], 1, 1, (True, True)),
+        lambda *inputs: convolution._gradients(*inputs[:2], inputs[0], 1, (1, 1), (True, True)),
     ):
         memory = jax.jit(function).lower(x, kernel, bias).compile().memory_analysis()
         assert memory.temp_size_in_bytes < x.nbytes / 2

@@ -57,7 +57,7 @@ def make_recipe(adversarial_start):
 
 def make_state(recipe):
     """A state before its first step, with random parameters."""
-    state = vqgan.create_state(recipe, partitioning.make_mesh(1))
+    state = vqgan.create_state(recipe, partitioning.make_mesh({'data': 1}))
     return state.replace(
         params=random_parameters(state.params, SEED),
         # Where an activation is linear for real and fake alike, the hinge terms cancel: so it must not be, often.

@@ -53,7 +53,7 @@ def random_parameters(params):
 def start(attention='causal', loss_on='all'):
     """A recipe, a state with random parameters, and the oracle's trainer with the same."""
     recipe = make_recipe(attention, loss_on)
-    state = transformer.create_state(recipe, partitioning.make_mesh(1))
+    state = transformer.create_state(recipe, partitioning.make_mesh({'data': 1}))
     state = state.replace(params=random_parameters(state.params))
     sizes = torch_transformer.Sizes(**{**vars(SIZES), 'causal': attention == 'causal'})
     trainer = torch_transformer.Trainer(sizes, LEARNING_RATE, recipe.settings.optimizer.final_learning_rate, STEPS)

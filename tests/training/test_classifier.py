@@ -42,7 +42,7 @@ def batch(rows=8, seed=0):
 
 
 def step_on(devices, how):
-    mesh = partitioning.make_mesh(devices)
+    mesh = partitioning.make_mesh({'data': devices})
     state = classifier.create_state(how, SHAPE, mesh)
     return classifier.make_train_step(how, mesh)(state, partitioning.put_batch(batch(), mesh))
 
@@ -59,7 +59,7 @@ def test_eight_devices_equal_one(augment):
 
 def test_first_step_is_adams_on_the_focal_losss_gradient():
     how = recipe()
-    mesh = partitioning.make_mesh(1)
+    mesh = partitioning.make_mesh({'data': 1})
     state = classifier.create_state(how, SHAPE, mesh)
     params, statistics = jax.device_get((state.params, state.statistics))
     rows = batch()
@@ -86,7 +86,7 @@ def test_first_step_is_adams_on_the_focal_losss_gradient():
 
 
 def test_learns_to_tell_cores():
-    how, mesh = recipe(rate=3e-3), partitioning.make_mesh(1)
+    how, mesh = recipe(rate=3e-3), partitioning.make_mesh({'data': 1})
     state = classifier.create_state(how, SHAPE, mesh)
     step = classifier.make_train_step(how, mesh)
     losses = []
@@ -99,7 +99,7 @@ def test_learns_to_tell_cores():
 
 
 def test_a_step_that_is_not_finite_moves_nothing_but_its_number():
-    how, mesh = recipe(), partitioning.make_mesh(1)
+    how, mesh = recipe(), partitioning.make_mesh({'data': 1})
     state = classifier.create_state(how, SHAPE, mesh)
     before = jax.device_get(state)
     bad = batch()
@@ -111,7 +111,7 @@ def test_a_step_that_is_not_finite_moves_nothing_but_its_number():
 
 
 def test_goes_on_from_given_values():
-    how, mesh = recipe(), partitioning.make_mesh(1)
+    how, mesh = recipe(), partitioning.make_mesh({'data': 1})
     first = classifier.create_state(how, SHAPE, mesh)
     start = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, {'params': first.params, 'statistics': first.statistics})
     state = classifier.create_state(how, SHAPE, mesh, start)

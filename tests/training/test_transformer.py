@@ -44,7 +44,7 @@ def tokens_and_scores():
 @functools.cache
 def start(**changes):
     recipe = make_recipe(**changes)
-    return recipe, transformer.create_state(recipe, partitioning.make_mesh(1))
+    return recipe, transformer.create_state(recipe, partitioning.make_mesh({'data': 1}))
 
 
 def example_of(recipe, step=0):
@@ -178,24 +178,39 @@ def test_steps_are_those_of_adamw_with_decay_on_kernels_alone():
     assert {path[-1].key for path, decays in jax.tree.leaves_with_path(kernels) if decays} == {'kernel'}
 
 
-def test_eight_devices_make_the_same_step_as_one():
-    changes = {'mesh.model': 2, 'label_dropout': 0.2}
-    recipe, narrow = make_recipe(**changes), partitioning.make_mesh(1)
-    wide = partitioning.make_mesh(4, model=2)
+@pytest.mark.parametrize(
+    ('mesh_settings', 'changes'),
+    [
+        ({'data': 2, 'fsdp': 2, 'model': 2}, {'label_dropout': 0.2}),
+        pytest.param({'data': 8}, {}, marks=pytest.mark.long),
+        pytest.param({'fsdp': 8}, {'model.remat': 'blocks'}, marks=pytest.mark.long),
+        pytest.param({'data': 4, 'model': 2}, {'micro_batches': 2}, marks=pytest.mark.long),
+        pytest.param({'fsdp': 2, 'model': 4}, {'model.attention': 'bidirectional'}, marks=pytest.mark.long),
+        pytest.param({'data': 4, 'fsdp': 2}, {'loss_on': 'masked'}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_eight_devices_make_the_same_step_as_one(mesh_settings, changes, monkeypatch):
+    monkeypatch.setattr(partitioning, 'FSDP_SMALLEST', 64)
+    recipe, narrow = make_recipe(ema_decay=0.5, **changes), partitioning.make_mesh({'data': 1})
+    wide = partitioning.make_mesh(mesh_settings)
     state = transformer.create_state(recipe, narrow)
     spread = transformer.create_state(recipe, wide)
     jax.tree.map(np.testing.assert_array_equal, spread.params, state.params)
-    kernel = spread.params['blocks']['query']['kernel']
-    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 8)
-    moment = spread.optimizer[1].mu['blocks']['up']['kernel']
-    assert moment.sharding.shard_shape(moment.shape) == (2, 16, 32)
+    for params in (spread.params, spread.average, spread.optimizer[1].mu, spread.optimizer[1].nu):
+        for name in ('query', 'up', 'down'):
+            kernel = params['blocks'][name]['kernel']
+            own = kernel.addressable_shards[0].data
+            assert kernel.size == own.size * wide.shape['fsdp'] * wide.shape['model']
+            assert len(own) == 2  # layers are never split
     steps = [transformer.make_train_step(recipe, s, mesh) for s, mesh in ((state, narrow), (spread, wide))]
     batch = tokens_and_scores()
     for _ in range(2):
-        spread = jax.device_put(jax.device_get(state), transformer.state_shardings(state, wide))
+        spread = jax.device_put(jax.device_get(state), partitioning.state_shardings(state, wide))
         state, metrics = steps[0](state, partitioning.put_batch(batch, narrow))
         spread, other = steps[1](spread, partitioning.put_batch(batch, wide))
         assert_trees_close(spread.params, state.params, 1e-5)
+        assert_trees_close(spread.average, state.average, 1e-5)
         for name in ('loss', 'top1', 'gradient_norm'):
             np.testing.assert_allclose(other[name], metrics[name], rtol=1e-5)
 
@@ -260,7 +275,7 @@ def test_volumes_are_mirrored_by_fair_coins_and_encoded_in_the_step():
     assert (same.sum(axis=0) == 1).all()
     assert (np.abs(same.mean(axis=1) - 0.25) < 0.1).all()
 
-    recipe, mesh = make_recipe(**{'augment.flip': ('width',)}), partitioning.make_mesh(2)
+    recipe, mesh = make_recipe(**{'augment.flip': ('width',)}), partitioning.make_mesh({'data': 2})
     state = transformer.create_state(recipe, mesh)
 
     def encode(variables, volume):

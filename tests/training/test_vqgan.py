@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 import runpy
 
 import jax
@@ -40,7 +41,7 @@ def tiny_batch(config, rows=8):
 
 
 def start(config, devices=1):
-    mesh = partitioning.make_mesh(devices)
+    mesh = partitioning.make_mesh({'data': devices})
     recipe = vqgan.make_recipe(config, classes=2, steps_per_epoch=10)
     state = vqgan.create_state(recipe, mesh)
     batch = partitioning.put_batch(tiny_batch(config), mesh)
@@ -170,24 +171,73 @@ def assert_states_close(actual, expected, rate):
             assert np.mean(difference > 0.05 * rate) < 0.02, name
 
 
-def test_eight_devices_equal_one():
+def on_mesh(state, mesh):
+    """A copy of a state on another mesh."""
+    return jax.device_put(jax.device_get(state), partitioning.state_shardings(state, mesh))
+
+
+def gathered(text):
+    """Shapes of what a compiled program puts together from several devices."""
+    results = re.findall(r'= (.*?) all-gather(?:-start)?\(', text)
+    return {tuple(map(int, shape.split(','))) for result in results for shape in re.findall(r'\[([\d,]+)\]', result)}
+
+
+@pytest.mark.parametrize(
+    ('mesh_settings', 'changes'),
+    [
+        ({'data': 2, 'fsdp': 2, 'spatial': 2}, {'codebook.restart_every': '2 steps'}),
+        pytest.param({'data': 8}, {}, marks=pytest.mark.long),
+        pytest.param({'fsdp': 8}, {'model.remat': 'activations'}, marks=pytest.mark.long),
+        pytest.param({'spatial': 8}, {}, marks=pytest.mark.long),
+        pytest.param({'data': 2, 'spatial': 4}, {'perceptual': 'vgg16'}, marks=pytest.mark.long),
+        pytest.param({'fsdp': 2, 'spatial': 4}, {'model.remat': 'blocks', 'micro_batches': 2}, marks=pytest.mark.long),
+        pytest.param({'data': 2, 'fsdp': 2}, {'perceptual': 'vgg16', 'micro_batches': 2}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_several_devices_equal_one(mesh_settings, changes, monkeypatch):
     """At each of three steps; both take it from the state that one device has come to, so that rounding that Adam
     enlarges (a first step is as long for a gradient of 1e-9 as for one of 1) is not carried from step to step.
     """
-    config = tiny_config()
+    monkeypatch.setattr(partitioning, 'FSDP_SMALLEST', 64)
+    config = tiny_config(ema_decay=0.5, **{'model.code_features': 4}, **changes)
     recipe, mesh, state, batch = start(config)
-    wide = partitioning.make_mesh(8)
+    wide = partitioning.make_mesh(mesh_settings)
     wide_batch = partitioning.put_batch(tiny_batch(config), wide)
-    step, wide_step = (vqgan.make_train_step(recipe, m) for m in (mesh, wide))
+    rows, depth = wide_batch['volume'].addressable_shards[0].data.shape[:2]
+    assert depth == config.data.roi_size[0] // wide.shape['spatial']
+    step, weights = vqgan.make_train_step(recipe, state, mesh), recipe.lpips_weights
+    shapes = vqgan.state_shapes(recipe)
+    wide_step = vqgan.jit_step(recipe, shapes, wide).lower(shapes, tiny_batch(config), weights).compile()
+    weights = jax.device_put(weights, partitioning.replicated(wide))
+
+    # Along depth, nothing of a volume's size or more is put together; along fsdp, parameters alone.
+    volume = rows // config.micro_batches * np.prod(config.data.roi_size)
+    parameters = {leaf.shape for leaf in jax.tree.leaves((state.params, state.discriminator))}
+    for shape in gathered(wide_step.as_text()) - parameters:
+        assert wide.shape['spatial'] > 1
+        assert np.prod(shape) < volume
+
     for _ in range(3):
-        wide_state = jax.device_put(jax.device_get(state), partitioning.replicated(wide))
+        wide_state = on_mesh(state, wide)
         state, metrics = step(state, batch)
-        wide_state, wide_metrics = wide_step(wide_state, wide_batch)
+        wide_state, wide_metrics = wide_step(
+            wide_state, {name: wide_batch[name] for name in ('volume', 'label')}, weights
+        )
         for name, value in metrics.items():
             np.testing.assert_allclose(wide_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
         assert_states_close(wide_state, state, config.optimizer.learning_rate)
         moments = [s.optimizer[1].mu for s in (wide_state, state)]  # the gradients, as Adam has them
         assert_trees_close(*moments, 1e-4)
+    kernel = wide_state.discriminator_optimizer[1].nu['conv_1']['kernel']
+    assert kernel.size == kernel.addressable_shards[0].data.size * wide.shape['fsdp']
+
+
+def test_more_parts_than_the_latent_grid_has_slices_are_refused():
+    config = tiny_config()  # depth 16, halved once
+    vqgan.check_mesh(config, partitioning.make_mesh({'spatial': 8}))
+    with pytest.raises(InputError, match=r'config.mesh.spatial=3 does not divide the 8 depth slices .* 1, 2, 4, 8$'):
+        vqgan.check_mesh(config, partitioning.make_mesh({'data': 2, 'spatial': 3}))
 
 
 def test_bfloat16_keeps_parameters_and_losses_in_float32_and_near():
@@ -203,11 +253,11 @@ def test_bfloat16_keeps_parameters_and_losses_in_float32_and_near():
 
 def test_nothing_is_quantised_or_moved_before_the_warm_up_is_over():
     config = tiny_config(**{'codebook.warmup': '2 steps', 'losses.adversarial_start': '3 steps', 'ema_decay': 0.5})
-    mesh = partitioning.make_mesh(1)
+    mesh = partitioning.make_mesh({'data': 1})
     recipe = vqgan.make_recipe(config, classes=2, steps_per_epoch=10)
     state = vqgan.create_state(recipe, mesh)
     batch = partitioning.put_batch(tiny_batch(config), mesh)
-    step, before = vqgan.make_train_step(recipe, mesh), jax.device_get(state)
+    step, before = vqgan.make_train_step(recipe, state, mesh), jax.device_get(state)
     for number in range(4):
         if number == 2:
             np.testing.assert_array_equal(state.codebook['codes'], before.codebook['codes'])
@@ -239,7 +289,7 @@ def test_a_loss_that_is_not_finite_moves_only_the_step():
     recipe, mesh, state, batch = start(config)
     bad = {**batch, 'volume': batch['volume'].at[0, 0, 0, 0].set(jnp.nan)}
     before = jax.device_get(state)
-    state, metrics = vqgan.make_train_step(recipe, mesh)(state, bad)
+    state, metrics = vqgan.make_train_step(recipe, state, mesh)(state, bad)
     assert not metrics['finite']
     assert not np.isfinite(metrics['l1'])
     assert int(state.step) == 1

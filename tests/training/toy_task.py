@@ -8,6 +8,7 @@ Tests import it; run as a program it is `python -m vqroi_jax.main` that knows on
 import os
 import signal
 import sys
+import time
 
 import flax.struct
 import jax
@@ -74,7 +75,7 @@ def training_config(**changes):
 
 def get_config():
     """A whole config, for the command line."""
-    return ml_collections.ConfigDict({'task': 'toy', 'terminate_at': -1, 'training': training_config()})
+    return ml_collections.ConfigDict({'task': 'toy', 'terminate_at': -1, 'delay': 0.0, 'training': training_config()})
 
 
 def loss_of(params, batch):
@@ -138,12 +139,13 @@ def make_task(source=None, **changes):
 
 
 def run(config, workdir):
-    """Trains; the process sends itself SIGTERM in step `terminate_at`, once."""
+    """Trains, each step after `delay` seconds; in step `terminate_at` the process sends itself SIGTERM, once."""
     task = make_task()
     put, calls = task.put_batch, []
 
     def put_batch(batch):
         calls.append(batch)
+        time.sleep(config.delay)
         if len(calls) == config.terminate_at and not (folder / 'terminated').exists():
             (folder / 'terminated').touch()
             os.kill(os.getpid(), signal.SIGTERM)

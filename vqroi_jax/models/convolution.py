@@ -4,18 +4,26 @@ On GPU and TPU a convolution is XLA's own; on a CPU it is `slab_convolution`'s, 
 folded into the channels first. `layers.Conv3D` and `layers.UpsampleConv3D` call this module; nothing above it knows
 how a convolution is computed.
 
+On a mesh that splits depth (`axes.SPATIAL`), each device convolves its own slices and those of its neighbours that its
+windows reach (halos). A map that is too thin for that, or whose result would not divide, is put together along depth
+and convolved as a whole on every device; among stage 1's, these are the discriminator's deepest maps alone.
+
 Reverse-mode derivatives of any order work on every platform. Forward mode (`jax.jvp`) raises, as it does for every
 function with a reverse rule of its own.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
-from vqroi_jax.models import slab_convolution
+from vqroi_jax.models import axes, slab_convolution
+
+Padding = tuple[int, int]  # zeros on both sides of the depth axis, and of height and width
 
 
 def conv3d(
@@ -42,7 +50,16 @@ def conv3d(
         raise ValueError(f'kernel {kernel.shape} with padding {padding} does not fit volume {x.shape}')
     if bias is None:
         bias = jnp.zeros(kernel.shape[-1:], x.dtype)
-    return _conv(x, kernel, bias, stride, padding)
+    after = max(k - stride - padding, 0)
+    divides = x.shape[1] % (stride * axes.parts(axes.SPATIAL)) == 0
+    if (
+        divides
+        and (x.shape[1] + 2 * padding - k) // stride + 1 == x.shape[1] // stride
+        and _can_split(x, padding, after)
+    ):
+        own = partial(_conv, stride=stride, padding=(0, padding))
+        return _in_parts(own, x, kernel, bias, padding, after)
+    return _conv(_whole_depth(x), kernel, bias, stride, (padding, padding))
 
 
 def upsample_conv3d(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -60,23 +77,67 @@ def upsample_conv3d(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = No
     Returns:
         [B, 2 D, 2 H, 2 W, out] of the dtype of `x`.
     """
+    if bias is None:
+        bias = jnp.zeros(kernel.shape[-1:], x.dtype)
+    if x.shape[1] % axes.parts(axes.SPATIAL) == 0 and _can_split(x, 1, 1):
+        return _in_parts(partial(_upsample, depth_padding=0), x, kernel, bias, 1, 1)
+    return _upsample(_whole_depth(x), kernel, bias, depth_padding=1)
+
+
+def _upsample(x: jax.Array, kernel: jax.Array, bias: jax.Array, depth_padding: int) -> jax.Array:
+    """`upsample_conv3d`, of a volume that already has so much of its border along depth."""
     # Tap t of the kernel reads, for the first voxel of a window, the window's side (0, 0, 1)[t]; for the second
     # (0, 1, 1)[t].
     taps = jnp.array([[[1, 1, 0], [1, 0, 0]], [[0, 0, 1], [0, 1, 1]]], kernel.dtype)  # [side, voxel, tap]
     phases = jnp.einsum('auk,bvl,cwm,klmio->abciuvwo', taps, taps, taps, kernel)
-    y = conv3d(
-        x,
-        phases.reshape(2, 2, 2, x.shape[-1], -1),
-        None if bias is None else jnp.tile(bias, 8),
-        padding=1,
-    )
+    y = _conv(x, phases.reshape(2, 2, 2, x.shape[-1], -1), jnp.tile(bias, 8), 1, (depth_padding, 1))
     batch, d, h, w, _ = y.shape
     y = y.reshape(batch, d, h, w, 2, 2, 2, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
     return y.reshape(batch, 2 * d, 2 * h, 2 * w, -1)[:, 1:-1, 1:-1, 1:-1]
 
 
+def _can_split(x: jax.Array, before: int, after: int) -> bool:
+    """Whether the mesh splits depth, and each part of `x` holds all that a neighbour needs of it."""
+    parts = axes.parts(axes.SPATIAL)
+    return parts > 1 and max(before, after) <= x.shape[1] // parts
+
+
+def _whole_depth(x: jax.Array) -> jax.Array:
+    return axes.keep_rows(x) if axes.parts(axes.SPATIAL) > 1 else x
+
+
+def _in_parts(own: Callable, x: jax.Array, kernel: jax.Array, bias: jax.Array, before: int, after: int) -> jax.Array:
+    """Convolves each device's part of a volume that is split along depth.
+
+    Args:
+        own: from a part with its halos, kernel and bias to the same part of the result.
+        x: volume, [B, D, H, W, in].
+        kernel: of the convolution.
+        bias: of the convolution.
+        before: slices that are needed of the part before; zeros for the first.
+        after: slices that are needed of the part after; zeros for the last.
+    """
+
+    def with_halos(x, kernel, bias):
+        steps = [(number, number + 1) for number in range(lax.axis_size(axes.SPATIAL) - 1)]
+        pieces = [x]
+        if before:  # what nobody sends arrives as zeros, which are the padding
+            pieces.insert(0, lax.ppermute(x[:, -before:], axes.SPATIAL, steps))
+        if after:
+            pieces.append(lax.ppermute(x[:, :after], axes.SPATIAL, [step[::-1] for step in steps]))
+        return own(jnp.concatenate(pieces, 1), kernel, bias)
+
+    return jax.shard_map(
+        with_halos,
+        in_specs=(axes.VOLUMES, PartitionSpec(), PartitionSpec()),
+        out_specs=axes.VOLUMES,
+        axis_names={*axes.BATCH, axes.SPATIAL},  # gradients are summed over all of these that an array is whole along
+        check_vma=False,  # the loops of `slab_convolution` begin with constants, which it takes for a mistake
+    )(x, kernel, bias)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int, padding: int) -> jax.Array:
+def _conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int, padding: Padding) -> jax.Array:
     def native(x, kernel, bias):
         return _native_conv(x, kernel, stride, padding) + bias
 
@@ -150,8 +211,9 @@ def _gradients_backward(stride, padding, wanted, kept, cotangents):
         for argument, cotangent in zip((x, kernel), cotangents, strict=True)
     )
     x_cotangent, kernel_cotangent = _gradients(along_x, along_kernel, gradient, stride, padding, (True, True))
-    gradient_cotangent = conv3d(along_x, kernel, stride=stride, padding=padding)
-    gradient_cotangent += conv3d(x, along_kernel, stride=stride, padding=padding)
+    no_bias = jnp.zeros(kernel.shape[-1:], x.dtype)
+    gradient_cotangent = _conv(along_x, kernel, no_bias, stride, padding)
+    gradient_cotangent += _conv(x, along_kernel, no_bias, stride, padding)
     return x_cotangent, kernel_cotangent, gradient_cotangent
 
 
@@ -159,17 +221,21 @@ _conv.defvjp(_conv_forward, _conv_backward, symbolic_zeros=True)
 _gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
-def _native_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+def _native_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         kernel,
         (stride,) * 3,
-        ((padding, padding),) * 3,
+        [(side, side) for side in _sides(padding)],
         dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'),
     )
 
 
-def _fold_volume(x: jax.Array, k: int, stride: int, padding: int) -> jax.Array:
+def _sides(padding: Padding) -> tuple[int, int, int]:
+    return padding[0], padding[1], padding[1]
+
+
+def _fold_volume(x: jax.Array, k: int, stride: int, padding: Padding) -> jax.Array:
     """Space to depth: the padded volume with each cube of side `stride` as one voxel of stride³ times the channels.
 
     A convolution with this stride is one of stride 1 and no padding on the result, with `_fold_kernel`'s kernel.
@@ -179,9 +245,9 @@ def _fold_volume(x: jax.Array, k: int, stride: int, padding: int) -> jax.Array:
         return x
     folded_k = -(-k // stride)
     edges, shape = [(0, 0, 0)], [x.shape[0]]
-    for side in x.shape[1:4]:
-        cubes = (side + 2 * padding - k) // stride + folded_k
-        edges.append((padding, cubes * stride - side - padding, 0))  # the latter is negative where it cuts
+    for side, zeros in zip(x.shape[1:4], _sides(padding), strict=True):
+        cubes = (side + 2 * zeros - k) // stride + folded_k
+        edges.append((zeros, cubes * stride - side - zeros, 0))  # the latter is negative where it cuts
         shape += [cubes, stride]
     x = lax.pad(x, jnp.zeros((), x.dtype), [*edges, (0, 0, 0)]).reshape(*shape, x.shape[-1])
     return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(*shape[::2][:1], *shape[1::2], -1)
@@ -198,6 +264,6 @@ def _fold_kernel(kernel: jax.Array, stride: int) -> jax.Array:
     return kernel.transpose(0, 2, 4, 1, 3, 5, 6, 7).reshape(k, k, k, stride**3 * channels, features)
 
 
-def _folded_padding(stride: int, padding: int) -> int:
+def _folded_padding(stride: int, padding: Padding) -> Padding:
     """What is left to pad: `_fold_volume` pads what it folds."""
-    return padding if stride == 1 else 0
+    return padding if stride == 1 else (0, 0)

@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 
+from vqroi_jax.models import axes
 from vqroi_jax.models.convolution import conv3d, upsample_conv3d
 
 # Policy for `nn.remat`: the backward pass finds the convolutions' results and computes norms and activations again,
@@ -105,7 +106,8 @@ class Dense(nn.Module):
         """Maps [..., in] to [..., features]."""
         shape = (x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
-        y = _linear(x.astype(self.dtype), kernel.astype(self.dtype))
+        kernel = axes.put_together(kernel.astype(self.dtype), (*self.path, 'kernel'))
+        y = _linear(x.astype(self.dtype), kernel)
         if not self.use_bias:
             return y
         bias_init = self.bias_init or uniform_within(x.shape[-1])
@@ -136,7 +138,8 @@ def _kernel_and_bias(layer: nn.Module, shape: tuple[int, ...]) -> tuple[jax.Arra
     """Makes a convolution's float32 parameters, the kernel of this shape, and returns them in the layer's dtype."""
     kernel = layer.param('kernel', layer.kernel_init, shape, jnp.float32)
     bias = layer.param('bias', uniform_within(math.prod(shape[:-1])), shape[-1:], jnp.float32)
-    return kernel.astype(layer.dtype), bias.astype(layer.dtype)
+    kernel = axes.put_together(kernel.astype(layer.dtype), (*layer.path, 'kernel'))
+    return kernel, bias.astype(layer.dtype)
 
 
 class GroupNorm(nn.Module):

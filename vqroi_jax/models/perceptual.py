@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vqroi_jax.errors import InputError
+from vqroi_jax.models import axes
 
 SHA256 = '2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d'
 SMALLEST = 16  # pixels of an image's sides
@@ -133,7 +134,7 @@ def take_slices(volume: jax.Array, indices: jax.Array) -> jax.Array:
         `[B * S, H, W, 3]`, the three channels equal.
     """
     taken = jax.vmap(lambda v, i: jnp.take(v, i, axis=0))(volume, indices)
-    return jnp.repeat(taken.reshape(-1, *taken.shape[2:]), 3, axis=-1)
+    return jnp.repeat(axes.spread_images(taken.reshape(-1, *taken.shape[2:])), 3, axis=-1)
 
 
 def perceptual_loss(

@@ -98,9 +98,10 @@ def assign(normalised: jax.Array, tokens: jax.Array, size: int) -> Assignments:
         tokens: int32 `[...]` in [0, size).
         size: number of codes, K.
     """
-    flat = normalised.reshape(-1, normalised.shape[-1])
-    onehot = jax.nn.one_hot(tokens.reshape(-1), size, dtype=jnp.float32)
-    return Assignments(onehot.sum(axis=0), jnp.einsum('nk,nc->kc', onehot, flat, precision=_EXACT))
+    onehot = jax.nn.one_hot(tokens, size, dtype=jnp.float32)
+    places = tuple(range(tokens.ndim))  # not made one axis, which a mesh could split along its first part alone
+    total = jax.lax.dot_general(onehot, normalised, ((places, places), ((), ())), precision=_EXACT)
+    return Assignments(onehot.sum(axis=places), total)
 
 
 def update_codes(

@@ -19,26 +19,27 @@ _SLAB_WINDOWS = 1024  # least number of windows in a slab: products with fewer r
 _SLAB_NUMBERS = 2**16  # of `x` in a slab: with k3 the windows then hold 2.4 MB, which the caches do
 
 
-def convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: tuple[int, int]) -> jax.Array:
     """Convolves with stride 1.
 
     Args:
         x: [B, D, H, W, in].
         kernel: [k, k, k, in, out].
         bias: [out].
-        padding: zeros on both sides of the three axes.
+        padding: zeros on both sides of the depth axis, and of height and width.
 
     Returns:
         [B, d, h, w, out] of the dtype of `x`.
     """
-    depth, height, width = (side + 2 * padding - kernel.shape[0] + 1 for side in x.shape[1:4])
+    zeros = (padding[0], padding[1], padding[1])
+    depth, height, width = (side + 2 * z - kernel.shape[0] + 1 for side, z in zip(x.shape[1:4], zeros, strict=True))
     products, _ = _walk(x, kernel.shape[0], padding, (depth, height, width), kernel=kernel, bias=bias)
     assert products is not None, 'there is a kernel'
     return products
 
 
 def gradients(
-    x: jax.Array, kernel: jax.Array, gradient: jax.Array, padding: int, wanted: tuple[bool, bool]
+    x: jax.Array, kernel: jax.Array, gradient: jax.Array, padding: tuple[int, int], wanted: tuple[bool, bool]
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """Gradients of `convolve` in its input and in its kernel.
 
@@ -49,7 +50,7 @@ def gradients(
         x: what was convolved, [B, D, H, W, in].
         kernel: [k, k, k, in, out].
         gradient: of the result, [B, d, h, w, out].
-        padding: zeros on both sides of the three axes.
+        padding: zeros on both sides of the depth axis, and of height and width.
         wanted: whether the gradient in the input is wanted, and that in the kernel.
 
     Returns:
@@ -60,7 +61,7 @@ def gradients(
     x_gradient, flipped_gradient = _walk(
         gradient,
         k,
-        k - 1 - padding,
+        (k - 1 - padding[0], k - 1 - padding[1]),
         (depth, height, width),
         kernel=flipped if wanted[0] else None,
         bias=jnp.zeros(x.shape[-1:], x.dtype),
@@ -74,7 +75,7 @@ def gradients(
 def _walk(
     x: jax.Array,
     k: int,
-    padding: int,
+    padding: tuple[int, int],
     sides: tuple[int, int, int],
     *,
     kernel: jax.Array | None,
@@ -86,7 +87,7 @@ def _walk(
     Args:
         x: [B, D, H, W, in].
         k: side of the windows.
-        padding: zeros on both sides of the three axes.
+        padding: zeros on both sides of the depth axis, and of height and width.
         sides: of the grid of windows, (d, h, w).
         kernel: to multiply the windows with, [k, k, k, in, out]; None: not done.
         bias: added to these products, [out].
@@ -96,6 +97,7 @@ def _walk(
         The products, [B, d, h, w, out], and the correlations, float32 [k, k, k, in, out]; None for what is not done.
     """
     batch, depth, _, _, channels = x.shape
+    padding, around = padding
     features = bias.shape[0]
     slabs, rows = _slabs(batch, *sides[1:], channels)
     extra_rows = slabs * rows - sides[1]  # of zeros, to fill the last slab
@@ -104,7 +106,7 @@ def _walk(
     def one_slice(d, carry):
         y, sums, total = carry
         plane = lax.dynamic_index_in_dim(x, d, 1, keepdims=False)
-        plane = jnp.pad(plane, ((0, 0), (padding, padding + extra_rows), (padding, padding), (0, 0)))
+        plane = jnp.pad(plane, ((0, 0), (around, around + extra_rows), (around, around), (0, 0)))
         if companion is not None:
             others = jnp.concatenate([_slice_or_zeros(companion, d + padding - tap) for tap in range(k)], -1)
             others = jnp.pad(others, ((0, 0), (0, extra_rows), (0, 0), (0, 0)))

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vqroi_jax.models import axes
 from vqroi_jax.models.attention import attend
 from vqroi_jax.models.layers import Dense
 
@@ -58,11 +59,12 @@ class Block(nn.Module):
         return tuple(layer(x).reshape(shape) for layer in (self.query, self.key, self.value))
 
     def _finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        x = x + self.projection(attended.reshape(x.shape))
-        return x + self.down(_gelu(self.up(self.norm_2(x))))
+        x = axes.keep_rows(x + self.projection(attended.reshape(x.shape)))
+        return axes.keep_rows(x + self.down(_gelu(self.up(self.norm_2(x)))))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, T, width]` to the same shape."""
+        x = axes.keep_rows(x)
         return self._finish(x, attend(*self._heads(x), self.causal))
 
     def step(
@@ -124,12 +126,15 @@ class Transformer(nn.Module):
 
     def embed(self, ids: jax.Array, position: jax.Array | int = 0) -> jax.Array:
         """Token ids `[B, T]`, the first at `position`, to `[B, T, W]` of the dtype."""
-        places = jax.lax.dynamic_slice_in_dim(self.position_embedding, position, ids.shape[1])
-        return (jnp.take(self.token_embedding, ids, axis=0) + places).astype(self.dtype)
+        tokens, positions = (
+            axes.put_together(getattr(self, name), (name,)) for name in ('token_embedding', 'position_embedding')
+        )
+        places = jax.lax.dynamic_slice_in_dim(positions, position, ids.shape[1])
+        return axes.keep_rows((jnp.take(tokens, ids, axis=0) + places).astype(self.dtype))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """What the last block returns, `[B, T, W]`, to logits float32 `[B, T, V]`."""
-        return self.head(self.norm(x)).astype(jnp.float32)
+        return self.head(self.norm(axes.keep_rows(x))).astype(jnp.float32)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Token ids int32 `[B, T]`, T at most P, to logits float32 `[B, T, V]`."""

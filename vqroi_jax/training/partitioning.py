@@ -1,10 +1,12 @@
 """Where arrays live: the device mesh, and the shardings of states and batches on it.
 
-Batches are split over the mesh axis `data`, and are whole along `model`. States are whole on every device, but for the
-arrays that a task's rules split along `model`. Everything is `jax.jit` over global arrays (GSPMD), so a sum over the
-batch is a sum over all devices and hosts.
+Everything is `jax.jit` over global arrays (GSPMD), so a sum over the batch is a sum over all devices and hosts. The
+mesh has four axes (`vqroi_jax.models.axes`): rows of a batch are split over `data` and `fsdp` together, depth slices of
+volumes over `spatial`. States are split as well, by the rules below: along `model` by name, along `fsdp` by size.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -14,39 +16,90 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vqroi_jax.errors import InputError
+from vqroi_jax.models.axes import AXES, BATCH, ROWS, VOLUMES, model_split
+
+# No parameters: every vector is compared with every code.
+UNSPLIT = ('codebook/codes',)
+STACKED = 'blocks'  # stage 2's layers, one after the other along the first axis, which the forward pass loops over
+# Smallest array that is split along `fsdp`, in numbers. Putting a smaller one together takes as long as the latency of
+# a transfer, whatever its size, and norms and biases, which are smaller, are under a thousandth of a network.
+FSDP_SMALLEST = 2**14
 
 
-def make_mesh(data: int, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of this run's devices.
+def make_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config's block `mesh`, with all four axes; those that the block does not name have one device.
+
+    Devices are taken host by host, the last axis (`spatial`) first, so that axes with much traffic stay within a host
+    as long as it has the devices.
 
     Args:
-        data: devices along the axis `data`; -1 takes all that are left.
-        model: devices along the axis `model`.
-        devices: to use; None: this run's. Those of a described machine serve to compile for it.
+        settings: devices along each axis; -1 in one of them takes all that are left.
+        devices: to make it of, such as those of a described topology; None: all of this run.
 
     Raises:
-        InputError: there are fewer devices than asked for, or several hosts and not all devices in use.
+        InputError: there are fewer devices than asked for, several hosts and not all devices in use, or hosts whose
+            rows of the batch would overlap in part.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = sorted(
+        jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
+    )
     there = f'there are {len(devices)} {devices[0].platform} devices'
-    if not 1 <= model <= len(devices):
-        raise InputError(f'config.mesh.model={model}: {there}; set it between 1 and {len(devices)}')
-    most = len(devices) // model
-    if data == -1:
-        data = most
-    if not 1 <= data <= most:
-        beside = f', {model} of which share the weights' if model > 1 else ''
-        raise InputError(f'config.mesh.data={data}: {there}{beside}; set it between 1 and {most}, or to -1 for all')
-    if jax.process_count() > 1 and data * model != len(devices):
+    sizes = {**dict.fromkeys(AXES, 1), **settings}
+    filling = [axis for axis in AXES if sizes[axis] == -1]
+    if len(filling) > 1:
         raise InputError(
-            f'config.mesh.data={data}: a run on several hosts uses all {len(devices)} devices; set it to -1'
+            f'config.mesh.{filling[0]}=-1 and config.mesh.{filling[1]}=-1: one axis alone can take the rest'
         )
-    return Mesh(np.asarray(devices[: data * model]).reshape(data, model), ('data', 'model'))
+    left, inner = len(devices), ''
+    for axis in [axis for axis in reversed(AXES) if axis not in filling]:
+        if not 1 <= sizes[axis] <= left:
+            raise InputError(
+                f'config.mesh.{axis}={sizes[axis]}: {there}{inner}; set it between 1 and {left}, or one axis to -1 for '
+                'all that are left'
+            )
+        left //= sizes[axis]
+        inner += f', {sizes[axis]} along {axis}' if sizes[axis] > 1 else ''
+    sizes |= dict.fromkeys(filling, left)
+    used = math.prod(sizes.values())
+    if devices[-1].process_index != devices[0].process_index and used != len(devices):
+        asked = ', '.join(f'{axis} {sizes[axis]}' for axis in settings)
+        raise InputError(
+            f'config.mesh ({asked}): a run on several hosts uses all {len(devices)} devices; set config.mesh.data=-1'
+        )
+    mesh = Mesh(np.asarray(devices[:used]).reshape([sizes[axis] for axis in AXES]), AXES)
+    _row_groups(mesh)
+    return mesh
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def _row_groups(mesh: Mesh) -> dict[int, int]:
+    """Which share of the rows each process reads: processes whose devices hold the same rows read the same ones."""
+    rows: dict[int, set[int]] = {}
+    for row, devices in enumerate(mesh.devices.reshape(row_parts(mesh), -1)):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(row)
+    groups = sorted({tuple(sorted(group)) for group in rows.values()})
+    if len({len(group) for group in groups}) > 1 or sum(map(len, groups)) != row_parts(mesh):
+        inner = mesh.size // row_parts(mesh)
+        raise InputError(
+            f'config.mesh: {inner} devices share each row of the batch (model and spatial), which neither divides the '
+            f'{mesh.size // len(rows)} devices of a host nor is a multiple of them; choose other sizes'
+        )
+    return {process: groups.index(tuple(sorted(group))) for process, group in rows.items()}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Split along the first axis."""
-    return NamedSharding(mesh, PartitionSpec('data'))
+    return NamedSharding(mesh, ROWS)
+
+
+def volume_sharding(mesh: Mesh) -> NamedSharding:
+    """Of volumes `[B, D, H, W, 1]`: split along the first axis, and along depth where the mesh says so."""
+    return NamedSharding(mesh, VOLUMES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -54,20 +107,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shardings(tree: Any, rules: Mapping[str, PartitionSpec], mesh: Mesh) -> Any:
-    """Where each array of a state lives, by its name.
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where each array of a state lives: the rules by name for `model`, and by size for `fsdp`.
+
+    Along `fsdp` an array is split along its largest axis that divides and that `model` leaves (the last of equals).
+    Whole stay arrays of fewer than `FSDP_SMALLEST` numbers (of one layer, where layers are stacked; they are never
+    split along that axis), and those of which no axis divides.
 
     Args:
-        tree: arrays or shapes.
-        rules: from the end of a name, such as 'query/kernel', to how the array is split; all others are whole. A
-            name is the path in the tree with slashes, so moments in an optimiser's state are split as their parameter.
-        mesh: whose axes the rules name.
+        tree: arrays or shapes: a state, or parameters alone.
+        mesh: whose axes are used.
     """
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator='/')
-        specs = [spec for end, spec in rules.items() if f'/{name}'.endswith(f'/{end}')]
-        return NamedSharding(mesh, specs[0] if specs else PartitionSpec())
+        spec = [*model_split(name, leaf.ndim)]
+        own = range(STACKED in name.split('/'), leaf.ndim)  # axes of the array, or of one layer's
+        free = [axis for axis in own if spec[axis] is None and leaf.shape[axis] % mesh.shape['fsdp'] == 0]
+        large = math.prod(leaf.shape[axis] for axis in own) >= FSDP_SMALLEST
+        if free and large and not name.endswith(UNSPLIT):
+            spec[max(free, key=lambda axis: (leaf.shape[axis], axis))] = 'fsdp'
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -84,12 +144,73 @@ def placed_shapes(shapes: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
+def shardings_table(state: Any, mesh: Mesh) -> str:
+    """Where a state lives, as `--config.print_shardings=True` prints it.
+
+    Args:
+        state: a dataclass of arrays or of their shapes.
+        mesh: of the run.
+
+    Returns:
+        A row for each array that is no optimiser's and no average's, which are split as their parameters; then, for
+        every field, and in all, bytes on a device and in the whole run.
+    """
+    places, rows, totals = state_shardings(state, mesh), [], {}
+    for (path, leaf), place in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(places), strict=True):
+        field, *rest = (str(getattr(key, 'name', getattr(key, 'key', getattr(key, 'idx', key)))) for key in path)
+        own = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        total = totals.setdefault(field, [0, 0])
+        total[0] += own
+        total[1] += leaf.size * leaf.dtype.itemsize
+        if not field.endswith(('optimizer', 'average')):
+            split = ', '.join('-' if axis is None else axis for axis in place.spec)
+            shape = ', '.join(map(str, leaf.shape))
+            rows.append(
+                ('/'.join((field, *rest)), f'({shape})', 'whole' if place.is_fully_replicated else split, f'{own:,}')
+            )
+    head = ('array', 'shape', 'split along', 'bytes a device')
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(4)]
+    lines = [
+        '  '.join(f'{cell:{width}}' for cell, width in zip(row[:3], widths, strict=False)) + f'  {row[3]:>{widths[3]}}'
+        for row in (head, *rows)
+    ]
+    totals['in all'] = [sum(column) for column in zip(*totals.values(), strict=True)]
+    sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
+    lines += ['', f'on {mesh.size} device(s): {sizes}']
+    lines += [f'{field:{widths[0]}}  {own:>15,} bytes a device of {size:,}' for field, (own, size) in totals.items()]
+    return '\n'.join(lines)
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+    """A function whose networks know the mesh when they are traced: for whatever is given to `jax.jit`."""
+
+    @functools.wraps(function)
+    def traced(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
+
+
 def one_run_options(platform: str) -> dict[str, int] | None:
     """Compiler options of a program that runs once, such as one that draws initial values.
 
     On a CPU, optimising hundreds of random draws takes far longer than they do.
     """
     return {'xla_backend_optimization_level': 0} if platform == 'cpu' else None
+
+
+def create(initial: Callable[[], Any], mesh: Mesh) -> Any:
+    """A state that is created in parts, each where it will live; nothing is whole anywhere that need not be.
+
+    Args:
+        initial: makes the state; it is traced once.
+        mesh: whose axes `model` and `fsdp` share the arrays out.
+    """
+    initial = jax.jit(initial)
+    places = state_shardings(jax.eval_shape(initial), mesh)
+    options = one_run_options(mesh.devices.flat[0].platform)
+    return jax.jit(initial, out_shardings=places, compiler_options=options)()
 
 
 def check_batch(field: str, batch_size: int, micro_batches: int, mesh: Mesh) -> None:
@@ -104,7 +225,7 @@ def check_batch(field: str, batch_size: int, micro_batches: int, mesh: Mesh) -> 
     Raises:
         InputError: naming the batch sizes that would do.
     """
-    devices = mesh.shape['data']
+    devices = row_parts(mesh)
     unit = devices * micro_batches
     if micro_batches < 1:
         raise InputError(f'config.micro_batches={micro_batches}: expected 1 or more')
@@ -112,7 +233,7 @@ def check_batch(field: str, batch_size: int, micro_batches: int, mesh: Mesh) -> 
         below, above = batch_size // unit * unit, max(-(-batch_size // unit), 1) * unit
         raise InputError(
             f'config.{field}={batch_size} does not divide by {devices} device(s) x {micro_batches} '
-            f'micro-batch(es): choose {f"{below} or " if below > 0 else ""}{above}, or set config.mesh.data'
+            f'micro-batch(es): choose {f"{below} or " if below > 0 else ""}{above}, or change config.mesh'
         )
 
 
@@ -123,29 +244,39 @@ class Process(TypedDict):
     process_count: int
 
 
-def this_process() -> Process:
-    """Which of the run's processes this is."""
-    return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+def this_process(mesh: Mesh) -> Process:
+    """Which share of a batch this process reads.
+
+    Where `model` or `spatial` reach over several hosts, these read the same rows.
+    """
+    groups = _row_groups(mesh)
+    return {'process_index': groups[jax.process_index()], 'process_count': len(set(groups.values()))}
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows of a batch to global arrays, split over `data`.
+    """This host's rows of a batch to global arrays, split over the devices; `volume` along depth, too.
 
     Args:
         batch: arrays with this host's rows first axis; every host holds as many.
-        mesh: whose axis `data` they are split over.
+        mesh: that they are split over.
     """
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}
+    shares = this_process(mesh)['process_count']
+
+    def put(name, rows):
+        rows = np.asarray(rows)
+        sharding = volume_sharding(mesh) if name == 'volume' else batch_sharding(mesh)
+        return jax.make_array_from_process_local_data(sharding, rows, (len(rows) * shares, *rows.shape[1:]))
+
+    return {name: put(name, rows) for name, rows in batch.items()}
 
 
 def on_each_device(function: Callable, mesh: Mesh) -> Callable:
     """Jits a function so that each device computes its own rows as if it were alone: with the same program and sizes.
 
     Args:
-        function: of something that is whole on every device, and of arrays whose first axis is split over `data`;
+        function: of something that is whole on every device, and of arrays whose rows are split over the devices;
             returns such arrays.
-        mesh: of the run.
+        mesh: of the run; devices along `model` and `spatial` compute the same rows.
 
     Returns:
         The function of the former, placed already, and of NumPy arrays with all rows (the same on every host).
@@ -161,15 +292,14 @@ def on_each_device(function: Callable, mesh: Mesh) -> Callable:
 
 def jit_on_each_device(function: Callable, mesh: Mesh) -> Callable:
     """The same, of what is whole and of a tuple of the arrays, all placed (or shapes, to be lowered with)."""
-    rows = PartitionSpec('data')
 
     @jax.jit
     def jitted(whole, arrays):
         mapped = jax.shard_map(
             lambda whole, arrays: function(whole, *arrays),
             mesh=mesh,
-            in_specs=(PartitionSpec(), rows),
-            out_specs=rows,
+            in_specs=(PartitionSpec(), ROWS),
+            out_specs=ROWS,
             check_vma=False,  # the loops within begin with constants, which it takes for a mistake
         )
         return mapped(whole, arrays)

@@ -7,6 +7,7 @@ encodes them within the step. Source: sections 2.3 to 2.5 of the design.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from vqroi_jax import masking
 from vqroi_jax.errors import InputError
@@ -29,16 +30,6 @@ Metrics = dict[str, jax.Array]
 Encode = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]  # (stage 1's variables, volumes) to tokens, scores
 
 AXES = {'depth': 1, 'height': 2, 'width': 3}  # of a batch of volumes
-
-# How the weights are shared out along the mesh axis `model`; attention heads and the MLP's units stay whole.
-RULES = {
-    **{f'{name}/kernel': PartitionSpec(None, None, 'model') for name in ('query', 'key', 'value', 'up')},
-    **{f'{name}/bias': PartitionSpec(None, 'model') for name in ('query', 'key', 'value', 'up')},
-    **{f'{name}/kernel': PartitionSpec(None, 'model', None) for name in ('projection', 'down')},
-    'token_embedding': PartitionSpec(None, 'model'),
-    'position_embedding': PartitionSpec(None, 'model'),
-    'head/kernel': PartitionSpec('model', None),
-}
 
 
 @flax.struct.dataclass
@@ -90,8 +81,6 @@ def make_model(config: ml_collections.ConfigDict, codes: int, classes: int, leng
             raise InputError(f'config.model.{field}={model[field]}: expected 1 or more')
     if model.width % model.heads:
         raise InputError(f'config.model.width={model.width} does not divide by config.model.heads={model.heads}')
-    if model.heads % config.mesh.model:
-        raise InputError(f'config.model.heads={model.heads} does not divide by config.mesh.model={config.mesh.model}')
     if not 0 <= config.label_dropout < 1:
         raise InputError(f'config.label_dropout={config.label_dropout}: expected a share from 0 to below 1')
     if unknown := [axis for axis in config.augment.flip if axis not in AXES]:
@@ -107,6 +96,17 @@ def make_model(config: ml_collections.ConfigDict, codes: int, classes: int, leng
         remat=model.remat,
         dtype=jnp.dtype(config.dtype),
     )
+
+
+def check_mesh(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Refuses a mesh that would cut attention heads.
+
+    Raises:
+        InputError: naming the fields.
+    """
+    heads, parts = config.model.heads, mesh.shape['model']
+    if heads % parts:
+        raise InputError(f'config.model.heads={heads} does not divide by config.mesh.model={parts}')
 
 
 def make_recipe(
@@ -143,42 +143,30 @@ def _is_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 
 
+def _initial_state(recipe: Recipe) -> TransformerState:
+    ids = jnp.zeros((1, recipe.model.positions), jnp.int32)
+    params = recipe.model.init(jax.random.key(recipe.settings.seed), ids)['params']
+    return TransformerState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=recipe.optimizer.init(params),
+        average=jax.tree.map(jnp.copy, params) if recipe.settings.ema_decay > 0 else None,
+    )
+
+
+def state_shapes(recipe: Recipe) -> TransformerState:
+    """Shapes and types of a state, without any array."""
+    return jax.eval_shape(functools.partial(_initial_state, recipe))
+
+
 def create_state(recipe: Recipe, mesh: Mesh) -> TransformerState:
     """The state before the first step, created where it will live.
 
     Args:
         recipe: whose `settings.seed` decides the initial values.
-        mesh: whose axis `model` shares the weights out.
+        mesh: whose axes `model` and `fsdp` share the arrays out.
     """
-    create = _creation(recipe)
-    shardings = state_shardings(jax.eval_shape(create), mesh)
-    options = partitioning.one_run_options(mesh.devices.flat[0].platform)
-    return jax.jit(create, out_shardings=shardings, compiler_options=options)()
-
-
-def state_shapes(recipe: Recipe, mesh: Mesh) -> TransformerState:
-    """Shapes, dtypes and shardings of what `create_state` makes, without making it."""
-    shapes = jax.eval_shape(_creation(recipe))
-    return partitioning.placed_shapes(shapes, state_shardings(shapes, mesh))
-
-
-def _creation(recipe: Recipe) -> Callable[[], TransformerState]:
-    def create() -> TransformerState:
-        ids = jnp.zeros((1, recipe.model.positions), jnp.int32)
-        params = recipe.model.init(jax.random.key(recipe.settings.seed), ids)['params']
-        return TransformerState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            optimizer=recipe.optimizer.init(params),
-            average=jax.tree.map(jnp.copy, params) if recipe.settings.ema_decay > 0 else None,
-        )
-
-    return create
-
-
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Where each array of a state (or its parameters alone, or their shapes) lives on a mesh."""
-    return partitioning.shardings(state, RULES, mesh)
+    return partitioning.create(functools.partial(_initial_state, recipe), mesh)
 
 
 class Example(NamedTuple):
@@ -292,28 +280,21 @@ def update(recipe: Recipe, state: TransformerState, example: Example) -> tuple[T
     return TransformerState(state.step + 1, *kept), metrics
 
 
-def make_train_step(
-    recipe: Recipe, state: TransformerState, mesh: Mesh, encode: Encode | None = None, variables: Any = None
-) -> Callable[[TransformerState, Batch], tuple[TransformerState, Metrics]]:
-    """The jitted step over a mesh: (state, global batch) to (state, metrics); the state is donated.
+def jit_step(
+    recipe: Recipe, state: TransformerState, mesh: Mesh, encode: Encode | None = None
+) -> Callable[..., tuple[TransformerState, Metrics]]:
+    """The step over a mesh, for `jax.jit`'s own methods as well: (state, global batch, variables) to (state, metrics).
 
     Args:
         recipe: what to compute.
-        state: or its shapes.
-        mesh: of the run.
+        state: or its shapes; the state that is stepped is donated.
+        mesh: to compute on.
         encode: from stage 1's variables and volumes `[B, D, H, W, 1]` to tokens and scores `[B, L]`, for batches that
             bring `volume`; None for batches that bring `tokens` and `scores`.
-        variables: of stage 1, frozen.
+
+    Returns:
+        A jitted function, whose variables are stage 1's, whole on every device, or None without `encode`.
     """
-    jitted = jit_train_step(recipe, state, mesh, encode)
-    variables = jax.device_put(variables, partitioning.replicated(mesh))
-    return lambda state, batch: jitted(state, batch, variables)
-
-
-def jit_train_step(
-    recipe: Recipe, state: TransformerState, mesh: Mesh, encode: Encode | None = None
-) -> Callable[[TransformerState, Batch, Any], tuple[TransformerState, Metrics]]:
-    """The same, of the state, the batch and stage 1's variables, which it also takes as shapes to be lowered with."""
     settings = recipe.settings
 
     def step(state, batch, variables):
@@ -328,8 +309,25 @@ def jit_train_step(
         return update(recipe, state, make_example(recipe, keys.masking, tokens, scores, label))
 
     whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
-    places = state_shardings(state, mesh)
+    places, step = partitioning.state_shardings(state, mesh), partitioning.traced_on(mesh, step)
     return jax.jit(step, in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
+
+
+def make_train_step(
+    recipe: Recipe, state: TransformerState, mesh: Mesh, encode: Encode | None = None, variables: Any = None
+) -> Callable[[TransformerState, Batch], tuple[TransformerState, Metrics]]:
+    """The jitted step of a run: (state, global batch) to (state, metrics).
+
+    Args:
+        recipe: as of `jit_step`, like what follows.
+        state: or its shapes.
+        mesh: of the run.
+        encode: of stage 1, for batches that bring `volume`.
+        variables: of stage 1, frozen.
+    """
+    jitted = jit_step(recipe, state, mesh, encode)
+    variables = jax.device_put(variables, partitioning.replicated(mesh))
+    return lambda state, batch: jitted(state, batch, variables)
 
 
 def evaluation_params(state: TransformerState) -> Any:

@@ -11,6 +11,7 @@ Source: sections 2.1 to 2.3 of the design.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -150,6 +151,24 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
             raise InputError(f'config.{field}={value!r}: choose one of {", ".join(known)}')
 
 
+def check_mesh(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Refuses a mesh that splits depth into more parts than the latent grid has slices, or unevenly.
+
+    All that encoder and decoder compute is then split; what the discriminator has of fewer slices is not.
+
+    Raises:
+        InputError: naming the numbers that would do.
+    """
+    parts, halvings = mesh.shape['spatial'], len(config.model.channels)
+    slices = config.data.roi_size[0] // 2**halvings
+    if slices % parts:
+        fitting = ', '.join(str(number) for number in range(1, slices + 1) if slices % number == 0)
+        raise InputError(
+            f'config.mesh.spatial={parts} does not divide the {slices} depth slices of the latent grid '
+            f'(config.data.roi_size: depth {config.data.roi_size[0]}, halved {halvings} times); choose one of {fitting}'
+        )
+
+
 class Noise(NamedTuple):
     """A step's random draws, one for each row of the batch."""
 
@@ -157,42 +176,36 @@ class Noise(NamedTuple):
     dropout: jax.Array | None  # keys [B] for the auxiliary classifier; None: no dropout
 
 
+def _initial_state(recipe: Recipe) -> VQGANState:
+    settings = recipe.settings
+    shape = (1, *settings.data.roi_size, 1)
+    key, discriminator_key = jax.random.split(jax.random.key(settings.seed))
+    variables = recipe.model.init(key, jnp.zeros(shape))
+    discriminator = recipe.discriminator.init(discriminator_key, jnp.zeros(shape))['params']
+    return VQGANState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables['params'],
+        discriminator=discriminator,
+        codebook=variables['codebook']['codebook'],
+        optimizer=recipe.optimizer.init(variables['params']),
+        discriminator_optimizer=recipe.optimizer.init(discriminator),
+        average=jax.tree.map(jnp.copy, variables['params']) if settings.ema_decay > 0 else None,
+    )
+
+
+def state_shapes(recipe: Recipe) -> VQGANState:
+    """Shapes and types of a state, without any array."""
+    return jax.eval_shape(functools.partial(_initial_state, recipe))
+
+
 def create_state(recipe: Recipe, mesh: Mesh) -> VQGANState:
     """The state before the first step, created where it will live.
 
     Args:
         recipe: whose `settings.seed` decides the initial values.
-        mesh: the state is whole on each of its devices.
+        mesh: whose axis `fsdp` shares the arrays out.
     """
-    options = partitioning.one_run_options(mesh.devices.flat[0].platform)
-    create = jax.jit(_creation(recipe), out_shardings=partitioning.replicated(mesh), compiler_options=options)
-    return create()
-
-
-def state_shapes(recipe: Recipe, mesh: Mesh) -> VQGANState:
-    """Shapes, dtypes and shardings of what `create_state` makes, without making it."""
-    return partitioning.placed_shapes(jax.eval_shape(_creation(recipe)), partitioning.replicated(mesh))
-
-
-def _creation(recipe: Recipe) -> Callable[[], VQGANState]:
-    settings = recipe.settings
-    shape = (1, *settings.data.roi_size, 1)
-
-    def create() -> VQGANState:
-        key, discriminator_key = jax.random.split(jax.random.key(settings.seed))
-        variables = recipe.model.init(key, jnp.zeros(shape))
-        discriminator = recipe.discriminator.init(discriminator_key, jnp.zeros(shape))['params']
-        return VQGANState(
-            step=jnp.zeros((), jnp.int32),
-            params=variables['params'],
-            discriminator=discriminator,
-            codebook=variables['codebook']['codebook'],
-            optimizer=recipe.optimizer.init(variables['params']),
-            discriminator_optimizer=recipe.optimizer.init(discriminator),
-            average=jax.tree.map(jnp.copy, variables['params']) if settings.ema_decay > 0 else None,
-        )
-
-    return create
+    return partitioning.create(functools.partial(_initial_state, recipe), mesh)
 
 
 def draw_noise(recipe: Recipe, step: jax.Array, rows: int) -> Noise:
@@ -466,22 +479,35 @@ def update(recipe: Recipe, state: VQGANState, batch: Batch, noise: Noise, weight
     }
 
 
-def make_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[VQGANState, Batch], tuple[VQGANState, Metrics]]:
-    """The jitted step over a mesh: (state, global batch) to (state, metrics); the state is donated."""
-    jitted = jit_train_step(recipe, mesh)
-    weights = jax.device_put(recipe.lpips_weights, partitioning.replicated(mesh))
-    return lambda state, batch: jitted(state, batch, weights)
+def jit_step(recipe: Recipe, state: VQGANState, mesh: Mesh) -> Callable[..., tuple[VQGANState, Metrics]]:
+    """The step over a mesh, for `jax.jit`'s own methods as well: (state, global batch, weights) to (state, metrics).
 
+    Args:
+        recipe: what to compute.
+        state: or its shapes; the state that is stepped is donated.
+        mesh: to compute on.
 
-def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[VQGANState, Batch, Any], tuple[VQGANState, Metrics]]:
-    """The same, of the state, the batch and the weights of LPIPS, which it also takes as shapes to be lowered with."""
-    whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
+    Returns:
+        A jitted function, whose batch has `volume` and `label`, and whose weights are LPIPS's, whole on every device.
+    """
+    whole, places = partitioning.replicated(mesh), partitioning.state_shardings(state, mesh)
 
     def step(state, batch, weights):
         noise = draw_noise(recipe, state.step, batch['label'].shape[0])
-        return update(recipe, state, {'volume': batch['volume'], 'label': batch['label']}, noise, weights)
+        return update(recipe, state, batch, noise, weights)
 
-    return jax.jit(step, in_shardings=(whole, rows, whole), out_shardings=(whole, whole), donate_argnums=0)
+    batch = {'volume': partitioning.volume_sharding(mesh), 'label': partitioning.batch_sharding(mesh)}
+    step = partitioning.traced_on(mesh, step)
+    return jax.jit(step, in_shardings=(places, batch, whole), out_shardings=(places, whole), donate_argnums=0)
+
+
+def make_train_step(
+    recipe: Recipe, state: VQGANState, mesh: Mesh
+) -> Callable[[VQGANState, Batch], tuple[VQGANState, Metrics]]:
+    """The jitted step of a run: (state, global batch) to (state, metrics); arguments as of `jit_step`."""
+    jitted = jit_step(recipe, state, mesh)
+    weights = jax.device_put(recipe.lpips_weights, partitioning.replicated(mesh))
+    return lambda state, batch: jitted(state, {name: batch[name] for name in ('volume', 'label')}, weights)
 
 
 def initialise_codebook(recipe: Recipe, state: VQGANState, batches: list[Batch], mesh: Mesh) -> VQGANState:
@@ -502,7 +528,7 @@ def initialise_codebook(recipe: Recipe, state: VQGANState, batches: list[Batch],
         key = jax.random.fold_in(jax.random.key(recipe.settings.seed), state.step)
         return quantizer.kmeans(key, jnp.stack(vectors), settings.codes, settings.kmeans_rounds)
 
-    encode = jax.jit(normalised)
+    encode = jax.jit(partitioning.traced_on(mesh, normalised))
     codes = jax.jit(cluster, out_shardings=whole)([encode(state.params, batch['volume']) for batch in batches])
     return dataclasses.replace(state, codebook={**state.codebook, 'codes': codes})
 
