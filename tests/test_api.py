@@ -30,7 +30,7 @@ def cohort(tiny_vqgan):
     """ROIs float32 [6, 16, 16, 16], and the tokens and scores that stage 2 is trained on."""
     vqgan = load_vqgan(tiny_vqgan)
     prepared = find_cohort(vqgan, '')
-    source = encode_cohort(vqgan, prepared, partitioning.make_mesh(1))['train']
+    source = encode_cohort(vqgan, prepared, partitioning.make_mesh({'data': 1}))['train']
     rois = prepared.split('train')
     volumes = np.stack([rois.volume(i)[..., 0] for i in range(len(rois))])
     return volumes, source.tokens.reshape(-1, 4, 4, 4), source.scores.reshape(-1, 4, 4, 4)

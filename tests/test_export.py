@@ -79,7 +79,7 @@ def test_draws_the_packages_samples_without_the_package(exported, tiny_transform
     assert refusals[0].startswith("class 'GBM' is unknown; there are ")
     drawn = np.load(tmp_path / 'drawn.npz')
     trained = load_transformer(tiny_transformer)
-    sampler = trained.sampler(settings(trained), 2**32 - 5, partitioning.make_mesh(1))
+    sampler = trained.sampler(settings(trained), 2**32 - 5, partitioning.make_mesh({'data': 1}))
     for number, label in enumerate(trained.classes):
         tokens = sampler.tokens([number] * 3, [1, 2, 3])
         assert len({row.tobytes() for row in tokens}) == 3
@@ -135,7 +135,7 @@ def test_a_bidirectional_model_with_guidance(tiny_transformer):
     program = export.programs_of(trained, sampling, ('cpu', 'tpu'))['tokens']
     weights = export.weights_of(trained)['tokens']
     drawn = jax.jit(program.call)(weights, np.uint32(3), np.uint32(1), np.array([4, 5], np.uint32))
-    expected = trained.sampler(chosen, 3, partitioning.make_mesh(1)).tokens([1, 1], [4, 5])
+    expected = trained.sampler(chosen, 3, partitioning.make_mesh({'data': 1})).tokens([1, 1], [4, 5])
     np.testing.assert_array_equal(np.asarray(drawn).reshape(2, 64), expected)
 
 

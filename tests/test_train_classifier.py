@@ -207,7 +207,7 @@ def test_a_frozen_network_keeps_its_features_and_learns_a_new_head(transferred):
 
 def test_a_frozen_run_that_was_resumed_equals_one_that_was_not(transferred, folders, tmp_path):
     config, _, workdir = transferred
-    mesh, cohort = partitioning.make_mesh(1), str(folders / 'cohort')
+    mesh, cohort = partitioning.make_mesh({'data': 1}), str(folders / 'cohort')
     with open_sets(cohort, cohort, config, tmp_path) as sets:
         parts = plan(config, 'real_only', 0, sets)
         start = train_classifier.read_start(config, 'real_only')

@@ -121,7 +121,7 @@ def test_goes_on_from_given_values():
 
 
 def test_frozen_features_stay_and_the_head_learns_as_if_they_were_given():
-    how, mesh = recipe(frozen=True, hidden=(6,)), partitioning.make_mesh(1)
+    how, mesh = recipe(frozen=True, hidden=(6,)), partitioning.make_mesh({'data': 1})
     free = dataclasses.replace(how, frozen=False)
     start = jax.device_get(classifier.create_state(free, SHAPE, mesh))
     features = {name: layer for name, layer in start.params.items() if not name.startswith('head')}
