@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vqroi_jax import main, prepare, train_classifier
+from vqroi_jax import main, prepare, templates, train_classifier
 from vqroi_jax.data import samples
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.experiment import plan
 from vqroi_jax.metrics import classification
-from vqroi_jax.templates import number
 from vqroi_jax.training import classifier, partitioning
 from vqroi_jax.training.checkpoints import read_checkpoint
 
@@ -127,7 +126,7 @@ def test_the_report_is_one_page_that_holds_everything(done, folders):
         assert f'{area["value"]:.3f} {area["low"]:.3f} to {area["high"]:.3f}' in text
     assert text.count('real_only (baseline)') == 1
     p = found['arms']['synthetic']['p']['auc']
-    assert 'no p: runs agree' in text if p is None else f'p = {number(p)}' in text
+    assert 'no p: runs agree' in text if p is None else f'p = {templates.number(p)}' in text
     # Of 7 patients each class for training, 2 are kept for validation; the fixture has as many ROIs in each run.
     assert found['arms']['synthetic']['rois']['pretrain'] == 2 * [
         {'train': {label: {'synthetic': 3} for label in ('LGG', 'HGG')},
