@@ -27,7 +27,8 @@ def join(hosts: str, task: str) -> None:
     """Joins the other processes of a run, if there are any; must come before anything touches devices.
 
     Args:
-        hosts: 'ADDRESS:PORT,NUMBER,INDEX': where the first process is, how many there are, and which this is;
+        hosts: 'ADDRESS:PORT,NUMBER,INDEX': where the first process is, how many there are, and which this is; each
+            uses all devices that it sees, so there is one a host, or `CUDA_VISIBLE_DEVICES` shares a host's GPUs out;
             'auto': JAX finds out (Cloud TPU pods, SLURM, Open MPI, Kubernetes); 'none': there are no others; empty:
             'auto' where the environment names several processes, else 'none'.
         task: of the config.

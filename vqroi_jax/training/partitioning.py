@@ -76,6 +76,7 @@ def row_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+@functools.lru_cache
 def _row_groups(mesh: Mesh) -> dict[int, int]:
     """Which share of the rows each process reads: processes whose devices hold the same rows read the same ones."""
     rows: dict[int, set[int]] = {}
