@@ -147,3 +147,13 @@ def test_what_cannot_be_loaded_is_told(tmp_path, tiny_vqgan):
         vq.load(tmp_path)
     with pytest.raises(vq.InputError, match="checkpoint 'newest': expected"):
         vq.load(tiny_vqgan, checkpoint='newest')
+
+
+def test_one_version_everywhere():
+    root = CONFIGS.parent
+    for file, written in (
+        ('setup.py', f"version='{vq.__version__}'"),
+        ('CITATION.cff', f'\nversion: {vq.__version__}\n'),
+        ('CHANGELOG.md', f'\n## {vq.__version__}, '),
+    ):
+        assert written in (root / file).read_text(encoding='utf-8'), file
