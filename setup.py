@@ -48,7 +48,7 @@ setup(
         'orbax-checkpoint>=0.11.28',
         'scipy>=1.13',
         'tensorboardX>=2.6.2',
-        'tensorflow-datasets>=4.9.8',
+        'tensorflow-datasets>=4.9.10',
         'tqdm>=4.66',
     ],
     extras_require={

@@ -14,7 +14,7 @@ import pytest
 import vqroi_jax as vq
 from vqroi_jax import api, generate
 from vqroi_jax.tokens import encode_cohort, find_cohort
-from vqroi_jax.trained import load_transformer, load_vqgan
+from vqroi_jax.trained import load_vqgan
 from vqroi_jax.training import partitioning
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -94,9 +94,9 @@ def test_decodes_as_the_network_does(model, cohort):
     np.testing.assert_allclose(model.reconstruct(volumes[:2]), expected, atol=1e-5)
 
 
-def test_says_what_it_is(model):
+def test_says_what_it_is(model, tiny_transformer):
     assert (model.roi_size, model.grid, model.codes) == ((16, 16, 16), (4, 4, 4), 32)
-    assert model.classes == load_transformer(model.transformer.workdir).classes
+    assert list(model.classes) == json.loads((tiny_transformer / 'stage1.json').read_text())['classes']
     assert model.spacing == (8.0, 8.0, 8.0)
 
 
@@ -147,3 +147,13 @@ def test_what_cannot_be_loaded_is_told(tmp_path, tiny_vqgan):
         vq.load(tmp_path)
     with pytest.raises(vq.InputError, match="checkpoint 'newest': expected"):
         vq.load(tiny_vqgan, checkpoint='newest')
+
+
+def test_one_version_everywhere():
+    root = CONFIGS.parent
+    for file, written in (
+        ('setup.py', f"version='{vq.__version__}'"),
+        ('CITATION.cff', f'\nversion: {vq.__version__}\n'),
+        ('CHANGELOG.md', f'\n## {vq.__version__}, '),
+    ):
+        assert written in (root / file).read_text(encoding='utf-8'), file

@@ -44,6 +44,11 @@ for bad in ({'label': 'GBM'}, {'label': 'HGG', 'n': 0}, {'label': 'HGG', 'seed':
         generator.sample(**bad)
     except ValueError as error:
         print(error)
+for bad in (np.full((1, 4, 4, 4), 32), np.full((1, 4, 4, 4), -1), np.zeros((1, 4, 4)), np.zeros((0, 4, 4, 4))):
+    try:
+        generator.decode(bad)
+    except ValueError as error:
+        print(error)
 """
 
 
@@ -75,8 +80,9 @@ def test_draws_the_packages_samples_without_the_package(exported, tiny_transform
     )
     assert done.returncode == 0, done.stderr
     refusals = done.stdout.splitlines()
-    assert len(refusals) == 4
+    assert len(refusals) == 8
     assert refusals[0].startswith("class 'GBM' is unknown; there are ")
+    assert set(refusals[4:]) == {'expected tokens from 0 to 31 of shape (n, *(4, 4, 4))'}
     drawn = np.load(tmp_path / 'drawn.npz')
     trained = load_transformer(tiny_transformer)
     sampler = trained.sampler(settings(trained), 2**32 - 5, partitioning.make_mesh({'data': 1}))

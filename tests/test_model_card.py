@@ -62,7 +62,7 @@ def test_counts_patients_once_by_class_and_split(report):
         ['HGG', '1', '0', '1', '2'],
         ['all', '2', '1', '1', '4'],
     ]
-    assert '5 scans, split by patient. ROIs of 128 x 96 x 64 voxels of\n1 x 1 x 1 mm' in render(report)
+    assert '5 scan(s), split by patient. ROIs of 128 x 96 x 64 voxels of\n1 x 1 x 1 mm' in render(report)
 
 
 def test_patients_and_phantoms_are_not_taken_for_one_another(report):
@@ -109,7 +109,7 @@ def test_a_run_has_one_that_agrees_with_its_files(stage, tiny_vqgan, tiny_transf
     folder = tiny_vqgan if stage == 1 else tiny_transformer
     text = (folder / model_card.CARD_FILE).read_text(encoding='utf-8')
     report = json.loads((tiny_vqgan / 'cohort' / 'cohort.json').read_text())
-    assert f'{len(report["scans"])} scans' in text
+    assert f'{len(report["scans"])} scan(s)' in text
     assert 'SYNTHETIC phantoms' in text
     assert f'Trained to the end, {4 if stage == 1 else 8} steps' in text
     number = re.search(r'Total: ([\d,]+)', (folder / 'parameters.txt').read_text())[1]

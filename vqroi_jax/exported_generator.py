@@ -11,7 +11,7 @@ clinical use.
 import functools
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,21 @@ def tokens(label: str, n: int = 1, seed: int = 0, first: int = 0) -> np.ndarray:
     return np.concatenate(drawn)
 
 
-def decode(tokens: Sequence | np.ndarray) -> np.ndarray:
-    """The volumes of tokens: whole numbers `[n, d, h, w]` to float32 `[n, D, H, W]`, one by one."""
-    grids = np.asarray(tokens, np.int32)
+def decode(grids: np.ndarray) -> np.ndarray:
+    """The volumes of tokens, one by one.
+
+    Args:
+        grids: whole numbers `[n, d, h, w]`, as `tokens` gives them.
+
+    Returns:
+        float32 `[n, D, H, W]` in (-1, 1).
+
+    Raises:
+        ValueError: another shape, or tokens that there are not.
+    """
+    known, grids = facts(), np.asarray(grids, np.int32)
+    if grids.shape[1:] != tuple(known['grid']) or not len(grids) or grids.min() < 0 or grids.max() >= known['codes']:
+        raise ValueError(f'expected tokens from 0 to {known["codes"] - 1} of shape (n, *{tuple(known["grid"])})')
     return np.stack([np.asarray(_program('decode')(_weights('decode'), grid)) for grid in grids])
 
 
