@@ -13,7 +13,6 @@ TEST = [
     'pytest>=8.2',
     'pytest-xdist>=3.6',
     'ruff>=0.15,<0.18',
-    'scikit-image>=0.24',
     'scipy>=1.13',
 ]
 
@@ -46,6 +45,7 @@ setup(
         'numpy>=2.0',
         'optax>=0.2.6',
         'orbax-checkpoint>=0.11.28',
+        'scikit-image>=0.24',
         'scipy>=1.13',
         'tensorboardX>=2.6.2',
         'tensorflow-datasets>=4.9.10',

@@ -105,10 +105,11 @@ def settings(**changes) -> ConfigDict:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a run but the lock and the figure."""
+    """All files of a run but the lock and the figures."""
+    left_out = '.lock', str(generate.FIGURE), str(generate.SURFACES)
     files = (path for path in folder.rglob('*') if path.is_file())
     found = {str(path.relative_to(folder)): path for path in files}
-    return {name: path.read_bytes() for name, path in found.items() if name not in ('.lock', str(generate.FIGURE))}
+    return {name: path.read_bytes() for name, path in found.items() if name not in left_out}
 
 
 def manifest(folder: Path) -> list[dict[str, str]]:
@@ -154,7 +155,8 @@ def test_leaves_a_file_a_sample_a_manifest_and_a_figure(model, tmp_path, capsys)
     assert all(row | same == row for row in rows)
     assert model.loaded == [('runs/transformer', 'latest', '')]
     assert model.drawn == [(label, index) for label in (0, 1) for index in range(4)]
-    assert matplotlib.image.imread(tmp_path / generate.FIGURE).ndim == 3
+    for figure in (generate.FIGURE, generate.SURFACES):
+        assert matplotlib.image.imread(tmp_path / figure).ndim == 3
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith('8 samples, 4 of each of LGG, HGG, by step 500 of runs/transformer (trained on SYNTHETIC')
     assert '8 of them made now' in line

@@ -13,6 +13,7 @@ from matplotlib.text import Text
 
 from vqroi_jax import viz
 from vqroi_jax.masking import Role
+from vqroi_jax.viz.rois import _to_voxels
 
 REAL = Path(__file__).parents[2] / 'shared/real_cohort/LGG/TCGA-DU-7294/TCGA-DU-7294_flair.nii.gz'
 
@@ -155,7 +156,7 @@ def test_reconstructions_show_original_reconstruction_difference_and_importance(
 def test_importance_is_interpolated_to_the_voxels():
     """A score is exact at the middle of its region, and linear between: here 4 voxels a region along depth."""
     scores = np.array([0.1, 0.5, 0.7], np.float32).reshape(3, 1, 1)
-    voxels = viz._to_voxels(scores, (12, 4, 4))
+    voxels = _to_voxels(scores, (12, 4, 4))
     assert voxels.shape == (12, 4, 4)
     expected = np.interp(np.arange(12), [1.5, 5.5, 9.5], [0.1, 0.5, 0.7])
     np.testing.assert_allclose(voxels, np.broadcast_to(expected[:, None, None], (12, 4, 4)), atol=1e-6)
@@ -359,3 +360,43 @@ def test_confusion_writes_every_count_where_it_belongs():
         found = {tuple(map(int, text.get_position()[::-1])): int(text.get_text()) for text in axes.texts}
         assert found == {place: matrix[place] for place in np.ndindex(2, 2)}
         np.testing.assert_allclose(axes.images[0].get_array(), matrix / matrix.sum(axis=1, keepdims=True))
+
+
+def ball(radius, side=24):
+    """A ball of tumour, soft at its border, in a box of background."""
+    places = np.stack(np.meshgrid(*[np.arange(side) - (side - 1) / 2] * 3, indexing='ij'))
+    return np.clip(0.1 + radius - np.linalg.norm(places, axis=0), -1, 1).astype(np.float32)
+
+
+def test_a_surface_is_closed_and_encloses_its_tumour():
+    spacing, radius = (2.0, 1.0, 1.5), 8.0
+    vertices, triangles = viz.triangulate(ball(radius), spacing, level=0.1)
+    edges = np.sort(np.concatenate([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [2, 0]]]), axis=1)
+    assert (np.unique(edges, axis=0, return_counts=True)[1] == 2).all()
+    a, b, c = vertices[triangles].transpose(1, 0, 2)
+    # Positive if triangles turn counter-clockwise as seen from outside, (depth, height, width) being right-handed.
+    enclosed = np.einsum('ni,ni->', a, np.cross(b, c)) / 6
+    assert enclosed == pytest.approx(4 / 3 * np.pi * radius**3 * np.prod(spacing), rel=0.02)
+    np.testing.assert_allclose(vertices.mean(axis=0), 11.5 * np.asarray(spacing), atol=0.1)
+
+
+def test_a_surface_is_closed_at_the_border_and_empty_without_a_tumour():
+    vertices, triangles = viz.triangulate(np.ones((3, 4, 5), np.float32))
+    edges = np.sort(np.concatenate([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [2, 0]]]), axis=1)
+    assert (np.unique(edges, axis=0, return_counts=True)[1] == 2).all()
+    assert vertices.min(axis=0) == pytest.approx([-0.95] * 3)
+    for part in viz.triangulate(np.full((3, 4, 5), -1, np.float32)):
+        assert part.shape == (0, 3)
+
+
+def test_surfaces_are_drawn_class_by_class():
+    volumes = np.stack([ball(radius, 12) for radius in (2, 3, 4)])
+    figure = viz.surfaces(volumes, ['LGG', 'HGG', 'HGG'], ['a', 'b', 'c'], (1.0, 1.0, 2.0))
+    assert len(figure.axes) == 3
+    texts = [text.get_text() for text in figure.texts]
+    assert [text for text in texts if text in ('LGG', 'HGG', 'a', 'b', 'c')] == ['LGG', 'a', 'HGG', 'b', 'c']
+    FigureCanvasAgg(figure).draw()
+    colours = {tuple(axes.collections[0].get_facecolor()[0].round(3)) for axes in figure.axes}
+    assert len(colours) > 1
+    with pytest.raises(ValueError, match='zip'):
+        viz.surfaces(volumes, ['LGG'], ['a', 'b', 'c'])

@@ -32,6 +32,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             'transformer/figures/masking.png',
             'transformer/figures/completions.png',
             'generated/figures/samples.png',
+            'generated/figures/surfaces.png',
         ):
             print(f'  {folder / figure}')
 

@@ -33,6 +33,7 @@ from vqroi_jax.workdir import is_primary, open_workdir, require_space
 DESCRIPTION = 'SYNTHETIC tumour ROI made by vqroi_jax, not a patient'
 PASTED_DESCRIPTION = 'SYNTHETIC tumour pasted into a brain by vqroi_jax, not a patient'
 FIGURE = Path('figures') / 'samples.png'
+SURFACES = Path('figures') / 'surfaces.png'
 PASTED_PERCENTILE = 99.5  # of the brain's intensities: that of the brightest tumour voxel, if none is given
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -189,7 +190,8 @@ def generate(
         if store.empty:
             print(f'warning: {store.empty} samples have no voxel above config.intensity.background and are all 0')
         pace = f', {(time.monotonic() - start) / made:.3g} s each' if made else ''
-        viz.save_figure(store.figure(labels), folder / FIGURE)
+        for name, figure in zip((FIGURE, SURFACES), store.figures(labels), strict=True):
+            viz.save_figure(figure, folder / name)
         print(
             f'{missing.size} samples, {config.number} of each of {", ".join(labels)}, by step {transformer.step} of '
             f'{config.transformer_workdir}{" (trained on SYNTHETIC phantoms)" if transformer.synthetic else ""}; '
@@ -288,8 +290,8 @@ class _Store:
                 path.unlink(missing_ok=True)
             raise
 
-    def figure(self, labels: Sequence[str]) -> Figure:
-        """The contact sheet, from the files: the first samples of each class, with their tumour volumes."""
+    def figures(self, labels: Sequence[str]) -> tuple[Figure, Figure]:
+        """The first samples of each class, from the files, with their tumour volumes: in slices, and as surfaces."""
         shown = min(self._config.number, self._config.figure_samples)
         cubic_mm = abs(np.linalg.det(self._affine[:3, :3]))
         volumes, titles = [], []
@@ -300,7 +302,8 @@ class _Store:
                 tumour = np.count_nonzero(voxels) * cubic_mm / 1000
                 titles.append(f'{path.name.removesuffix(".nii.gz")}, {tumour:.1f} mL')
         headings = [f'{label}: SYNTHETIC samples' for label in labels for _ in range(shown)]
-        return viz.contact_sheet(np.stack(volumes), headings, titles, _spacing(self._affine))
+        shown_as = np.stack(volumes), headings, titles, _spacing(self._affine)
+        return viz.contact_sheet(*shown_as), viz.surfaces(*shown_as)
 
     def _row(self, label: str, index: int) -> dict[str, str]:
         """A sample's line in the manifest."""
