@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -23,6 +24,7 @@ PLAN_FILE = 'plan.json'
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/plan.py`."""
+    jax.config.update('jax_platforms', 'cpu')  # an accelerator that is there may be busy, and is not needed
     with open_workdir(workdir, config) as folder:
         make_plan(config, folder)
 

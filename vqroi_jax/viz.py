@@ -414,7 +414,7 @@ def plan(
         seconds: by part, for each program; parts are put below one another. Empty: no such panel.
     """
     height = 0.45 * len(names)
-    page = _Page(12.6 if seconds else 7.4, height + 1.9)
+    page = _Page(12.6 if seconds else 7.4, height + 1.6)
     page.text(_MARGIN, 0.35, title, _TITLE)
     places = np.arange(len(names))
 
@@ -434,7 +434,7 @@ def plan(
     for place, end in zip(places, ends, strict=True):
         axes.text(end, place, f' {end:.3g}', color=_LIGHT, fontsize=_SMALL, va='center')
     axes.set_xlim(0, 1.12 * max(ends))
-    if capacity < 2 * max(ends):
+    if capacity < 10 * max(ends):  # further away it would squeeze the bars
         axes.axvline(capacity, color=_LIGHT, linewidth=1, linestyle='--', label=f'there are {capacity:.0f}')
         axes.set_xlim(0, 1.12 * max(*ends, capacity))
     panels = [axes]
