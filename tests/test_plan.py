@@ -135,7 +135,7 @@ def test_a_plan_for_a_tpu(stage, tmp_path):
 
 
 def test_the_line_through_two_compilations():
-    assert planner.fit_line([(1, 5.0), (2, 8.0), (9, 0.0)]) == (2.0, 3.0)
+    assert planner.fit_line([(1, 5.0), (3, 11.0)]) == planner.fit_line([(3, 11.0), (1, 5.0)]) == (2.0, 3.0)
     assert planner.fit_line([(3, 5.0)]) == (5.0, 0.0)
 
 
@@ -165,6 +165,8 @@ class _Chip:
     [
         (1, 2, 99, [1, 2, 7], 7),
         (1, 2, 7, [1, 2, 7, 6], 6),  # the line was wrong
+        (1, 2, 5, [1, 2, 7, 6], 6),  # by little
+        (1, 1, 5, [1, 2, 14, 13], 13),
         (1, 8, 99, [1, 2], 1),
         (20, 1, 99, [1], 0),
         (1, 0.1, 99, [1, 2, 30], 30),  # no more patients
@@ -192,10 +194,14 @@ def test_the_report_says_what_fits_and_what_does_not():
         'step', 'none', 6, True, dict(zip(kinds, (GIB, GIB, 2 * GIB, 0.5 * GIB, GIB), strict=True)), cost, 1.0
     )
     refused = planner.Compiled('step', 'none', 7, False, {'needed': 90 * GIB}, Cost(), 1.0)
-    search = planner.Search('none', 1 * GIB, 0.5 * GIB, 7, 6, False, (fits, refused))
+    search = planner.Search('none', 1 * GIB, 0.5 * GIB, 6, False, (fits, refused))
     found = plan.describe(made, [fits, refused], [search])
     # 30 patients in batches of 6 are 5 steps an epoch, of a second each.
-    assert found['compiled'][0]['run'] == {'steps': 300, 'least_days': pytest.approx(300 / 86400)}
+    assert found['compiled'][0]['run'] == {
+        'steps': 300,
+        'least_days': pytest.approx(300 / 86400),
+        'estimated_days': None,
+    }
     text = plan.report(found)
     assert '3.5' in text
     assert '90 (too much)' in text

@@ -108,9 +108,14 @@ def describe(planner: Planner, compiled: list[Compiled], searches: list[Search])
             if target.platform == 'cuda':  # traffic is the CPU's program's, so no bound
                 del seconds['memory']
             row['least_seconds'] = seconds
-            row['estimated_seconds'] = one.cost.cycles / chip.clock if chip.clock and one.cost.cycles else None
+            estimate = one.cost.cycles / chip.clock if chip.clock and one.cost.cycles else None
             calls, unit = _calls(planner, one)
-            row['run'] = {unit: calls, 'least_days': calls * max(row['least_seconds'].values()) / 86400}
+            row['estimated_seconds'] = estimate
+            row['run'] = {
+                unit: calls,
+                'least_days': calls * max(seconds.values()) / 86400,
+                'estimated_days': calls * estimate / 86400 if estimate else None,
+            }
         rows.append(row)
     return {
         'stage': config.stage,
@@ -128,7 +133,6 @@ def describe(planner: Planner, compiled: list[Compiled], searches: list[Search])
                 'remat': one.remat,
                 'fixed': one.fixed,
                 'each': one.each,
-                'predicted': one.predicted,
                 'largest': one.largest,
                 'capped': one.capped,
             }
@@ -185,9 +189,9 @@ def report(plan: dict[str, Any]) -> str:
 
 _COLUMNS = (
     'program', 'remat', 'a chip', 'batch', 'arguments', 'temporaries', 'other', 'GiB in all', 'TFLOP', 'GB moved',
-    'MB sent', 'least s', 'bound by', 'estimated s', 'least days',
+    'MB sent', 'least s', 'bound by', 'estimated s', 'least days', 'estimated days',
 )  # fmt: skip
-_NEED_A_CHIP = ('least s', 'bound by', 'estimated s', 'least days')
+_NEED_A_CHIP = ('least s', 'bound by', 'estimated s', 'least days', 'estimated days')
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -224,6 +228,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
             'bound by': bound,
             'estimated s': f'{estimate:.3g}' if estimate else '-',
             'least days': f'{row["run"]["least_days"]:.3g}',
+            'estimated days': f'{row["run"]["estimated_days"]:.3g}' if estimate else '-',
         }
     return cells
 
