@@ -80,7 +80,7 @@ def check(config: ConfigDict) -> None:
 def least_seconds(cost: hlo.Cost, chip: Chip) -> dict[str, float]:
     """What a chip takes at least for each part of a program, if it did nothing else, and at its makers' figures.
 
-    A roofline (Williams et al. 2009): no program takes less than the largest of these.
+    A roofline (Williams et al. 2009): a program takes at least the largest of these.
 
     Args:
         cost: of the program.
@@ -99,7 +99,6 @@ def least_seconds(cost: hlo.Cost, chip: Chip) -> dict[str, float]:
 def describe(planner: Planner, compiled: list[Compiled], searches: list[Search]) -> dict[str, Any]:
     """The plan as plain values: sizes in bytes, times in seconds, all of one chip."""
     config, target, chip = planner.config, planner.target, planner.target.chip
-    steps_block = config[config.stage]
     rows = []
     for one in compiled:
         row = one.to_json() | {'total': one.total, 'batch_size': planner.batch_size(one.rows)}
@@ -119,7 +118,7 @@ def describe(planner: Planner, compiled: list[Compiled], searches: list[Search])
         rows.append(row)
     return {
         'stage': config.stage,
-        'dtype': steps_block.dtype if config.stage != 'generate' else config.transformer.dtype,
+        'dtype': config['transformer' if config.stage == 'generate' else config.stage].dtype,
         'target': target.name,
         'measured_on': target.platform if target.platform != 'cuda' else 'cpu',
         'chips': planner.chips,
