@@ -249,7 +249,7 @@ def test_bad_settings_are_refused_before_anything_is_compiled(field, value, mess
     assert message in str(caught.value)
 
 
-def test_a_batch_that_cannot_be_split_is_said_and_the_search_goes_on(tmp_path, capsys, monkeypatch):
+def test_a_batch_that_cannot_be_split_is_not_compiled(tmp_path):
     config = tiny_config('transformer')
     config.transformer.micro_batches = 2
     config.transformer.batch_size = 3
