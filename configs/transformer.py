@@ -91,8 +91,9 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.sampling = _sampling(variant)  # of the figures; see configs/generate.py
 
     if variant == 'v5e_16':
-        # Three ROIs a chip. As many epochs as before, so as many samples seen, in 1/16 of the steps; the learning rates
-        # grow with the square root of the batch, as fits Adam (Malladi et al. 2022).
+        # Three ROIs a chip, which take 7 of its 16 GiB (configs/plan.py; 17 would fit). As many epochs as before, so as
+        # many samples seen, in 1/16 of the steps; the learning rates grow with the square root of the batch, as fits
+        # Adam (Malladi et al. 2022).
         config.dtype = 'bfloat16'
         config.batch_size = config.eval_batch_size = 48
         optimizer.learning_rate = 1.8e-5

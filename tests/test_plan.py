@@ -135,7 +135,7 @@ def test_a_plan_for_a_tpu(stage, tmp_path):
 
 
 def test_the_line_through_two_compilations():
-    assert planner.fit_line([(1, 5.0), (2, 8.0), (9, 0.0)]) == (2.0, 3.0)
+    assert planner.fit_line([(1, 5.0), (3, 11.0)]) == planner.fit_line([(3, 11.0), (1, 5.0)]) == (2.0, 3.0)
     assert planner.fit_line([(3, 5.0)]) == (5.0, 0.0)
 
 
@@ -165,6 +165,8 @@ class _Chip:
     [
         (1, 2, 99, [1, 2, 7], 7),
         (1, 2, 7, [1, 2, 7, 6], 6),  # the line was wrong
+        (1, 2, 5, [1, 2, 7, 6], 6),  # by little
+        (1, 1, 5, [1, 2, 14, 13], 13),
         (1, 8, 99, [1, 2], 1),
         (20, 1, 99, [1], 0),
         (1, 0.1, 99, [1, 2, 30], 30),  # no more patients
@@ -179,6 +181,35 @@ def test_the_search_confirms_what_the_line_says(fixed, each, bend, compiled, lar
     found = made.search('none')
     assert chip.compiled == compiled
     assert (found.largest, found.capped) == (largest, largest == 30)
+
+
+def test_the_report_says_what_fits_and_what_does_not():
+    config = tiny_config('transformer')
+    config.cohort.rois = 30
+    config.transformer.training.duration = '60 epochs'
+    made = planner.Planner(config, find_target('cuda:h100'), None)
+    cost = Cost(flops=989e12, bytes=1e9, collectives=(Collective('all-reduce', 2, 3, 8e6),), open_loops=2)
+    kinds = ('arguments', 'outputs', 'temporaries', 'program', 'aliased')
+    fits = planner.Compiled(
+        'step', 'none', 6, True, dict(zip(kinds, (GIB, GIB, 2 * GIB, 0.5 * GIB, GIB), strict=True)), cost, 1.0
+    )
+    refused = planner.Compiled('step', 'none', 7, False, {'needed': 90 * GIB}, Cost(), 1.0)
+    search = planner.Search('none', 1 * GIB, 0.5 * GIB, 6, False, (fits, refused))
+    found = plan.describe(made, [fits, refused], [search])
+    # 30 patients in batches of 6 are 5 steps an epoch, of a second each.
+    assert found['compiled'][0]['run'] == {
+        'steps': 300,
+        'least_days': pytest.approx(300 / 86400),
+        'estimated_days': None,
+    }
+    text = plan.report(found)
+    assert '3.5' in text
+    assert '90 (too much)' in text
+    assert 'remat none: up to 6 a chip fit, a batch of 6; about 1 GiB and 0.5 GiB for each of them' in text
+    assert 'step, remat none, 6 a chip: all-reduce over 2 device(s), 3 times, 8 MB' in text
+    assert 'Up to 2 loop(s)' in text
+    assert "those of the CPU's program" in text
+    assert len(plan.draw(found).axes) == 2
 
 
 def test_what_the_compiler_refuses_for_its_size_is_read_from_its_message():
@@ -218,7 +249,7 @@ def test_bad_settings_are_refused_before_anything_is_compiled(field, value, mess
     assert message in str(caught.value)
 
 
-def test_a_batch_that_cannot_be_split_is_said_and_the_search_goes_on(tmp_path, capsys, monkeypatch):
+def test_a_batch_that_cannot_be_split_is_not_compiled(tmp_path):
     config = tiny_config('transformer')
     config.transformer.micro_batches = 2
     config.transformer.batch_size = 3

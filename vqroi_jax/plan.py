@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -23,6 +24,7 @@ PLAN_FILE = 'plan.json'
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/plan.py`."""
+    jax.config.update('jax_platforms', 'cpu')  # an accelerator that is there may be busy, and is not needed
     with open_workdir(workdir, config) as folder:
         make_plan(config, folder)
 
@@ -78,7 +80,7 @@ def check(config: ConfigDict) -> None:
 def least_seconds(cost: hlo.Cost, chip: Chip) -> dict[str, float]:
     """What a chip takes at least for each part of a program, if it did nothing else, and at its makers' figures.
 
-    A roofline (Williams et al. 2009): no program takes less than the largest of these.
+    A roofline (Williams et al. 2009): a program takes at least the largest of these.
 
     Args:
         cost: of the program.
@@ -97,7 +99,6 @@ def least_seconds(cost: hlo.Cost, chip: Chip) -> dict[str, float]:
 def describe(planner: Planner, compiled: list[Compiled], searches: list[Search]) -> dict[str, Any]:
     """The plan as plain values: sizes in bytes, times in seconds, all of one chip."""
     config, target, chip = planner.config, planner.target, planner.target.chip
-    steps_block = config[config.stage]
     rows = []
     for one in compiled:
         row = one.to_json() | {'total': one.total, 'batch_size': planner.batch_size(one.rows)}
@@ -106,13 +107,18 @@ def describe(planner: Planner, compiled: list[Compiled], searches: list[Search])
             if target.platform == 'cuda':  # traffic is the CPU's program's, so no bound
                 del seconds['memory']
             row['least_seconds'] = seconds
-            row['estimated_seconds'] = one.cost.cycles / chip.clock if chip.clock and one.cost.cycles else None
+            estimate = one.cost.cycles / chip.clock if chip.clock and one.cost.cycles else None
             calls, unit = _calls(planner, one)
-            row['run'] = {unit: calls, 'least_days': calls * max(row['least_seconds'].values()) / 86400}
+            row['estimated_seconds'] = estimate
+            row['run'] = {
+                unit: calls,
+                'least_days': calls * max(seconds.values()) / 86400,
+                'estimated_days': calls * estimate / 86400 if estimate else None,
+            }
         rows.append(row)
     return {
         'stage': config.stage,
-        'dtype': steps_block.dtype if config.stage != 'generate' else config.transformer.dtype,
+        'dtype': config['transformer' if config.stage == 'generate' else config.stage].dtype,
         'target': target.name,
         'measured_on': target.platform if target.platform != 'cuda' else 'cpu',
         'chips': planner.chips,
@@ -126,7 +132,6 @@ def describe(planner: Planner, compiled: list[Compiled], searches: list[Search])
                 'remat': one.remat,
                 'fixed': one.fixed,
                 'each': one.each,
-                'predicted': one.predicted,
                 'largest': one.largest,
                 'capped': one.capped,
             }
@@ -183,9 +188,9 @@ def report(plan: dict[str, Any]) -> str:
 
 _COLUMNS = (
     'program', 'remat', 'a chip', 'batch', 'arguments', 'temporaries', 'other', 'GiB in all', 'TFLOP', 'GB moved',
-    'MB sent', 'least s', 'bound by', 'estimated s', 'least days',
+    'MB sent', 'least s', 'bound by', 'estimated s', 'least days', 'estimated days',
 )  # fmt: skip
-_NEED_A_CHIP = ('least s', 'bound by', 'estimated s', 'least days')
+_NEED_A_CHIP = ('least s', 'bound by', 'estimated s', 'least days', 'estimated days')
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -222,6 +227,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
             'bound by': bound,
             'estimated s': f'{estimate:.3g}' if estimate else '-',
             'least days': f'{row["run"]["least_days"]:.3g}',
+            'estimated days': f'{row["run"]["estimated_days"]:.3g}' if estimate else '-',
         }
     return cells
 

@@ -31,7 +31,7 @@ from vqroi_jax.workdir import write_atomically
 
 COMPILED_FOLDER = 'compiled'
 FORMAT = 1  # of what is kept there; another one once `hlo` counts otherwise
-TRIES = 3  # batches that are tried from the predicted one downwards
+TRIES = 4  # batches that a search compiles after the first two
 REMATS = {  # settings of each stage's `model.remat`
     'vqgan': ('none', 'activations', 'blocks'),
     'transformer': ('none', 'blocks'),
@@ -171,7 +171,7 @@ class Compiled:
         program: its name, see `programs`.
         remat: setting of the stage's `model.remat`; '' where it has none.
         rows: ROIs a step (or samples drawn together) on each chip, or on each group of chips that shares the weights.
-        fits: whether the compiler could place it in the chip's memory.
+        fits: whether the compiler could place it in the chip's memory, if it knows that.
         memory: bytes by kind: `arguments`, `outputs`, `temporaries`, `program`, less `aliased`: outputs that take the
             place of arguments. Where it does not fit, `needed` alone: what the compiler had come down to.
         cost: what it does; zeros where it does not fit.
@@ -208,10 +208,9 @@ class Search:
 
     Attributes:
         remat: the setting.
-        fixed: bytes that do not depend on the batch, by a straight line through two compilations (through the first
-            alone, if that did not fit or the cohort has no more).
+        fixed: bytes that do not depend on the batch, by a straight line through the smallest and the largest batch that
+            were compiled and fit; all of them where there are not two.
         each: bytes a row of the batch.
-        predicted: rows a chip that the line says fit.
         largest: rows a chip that were compiled and fit, the most of them; 0 if not even the least did.
         capped: whether the cohort has no more ROIs than that, so that nothing was gained by more.
         compiled: what was compiled for it, in that order.
@@ -220,7 +219,6 @@ class Search:
     remat: str
     fixed: float
     each: float
-    predicted: int
     largest: int
     capped: bool
     compiled: tuple[Compiled, ...]
@@ -277,20 +275,29 @@ class Planner:
     def search(self, remat: str) -> Search:
         """Finds the largest batch: two compilations, a straight line, and one more or a few to make sure."""
         unit = self._micro_batches
-        most = max(self._most() // unit, 1)  # all in units of rows from here
-        done = [self.compile(unit, remat)]
-        if most > 1 and done[0].fits:
-            done.append(self.compile(2 * unit, remat))
-        fixed, each = fit_line([(one.rows, one.total) for one in done])
+        most = max(self._most() // unit, 1) * unit
         room = self.target.memory * (1 - self.config.margin)
-        predicted = largest_that_fits(fixed, each * unit, room, most)
-        for number in range(predicted, max(predicted - TRIES, 2), -1):
-            one = self.compile(unit * number, remat)
-            done.append(one)
-            if one.fits and one.total <= room:
+        good, bad, done = [], [], []
+
+        def attempt(rows: int) -> bool:
+            done.append(self.compile(rows, remat))
+            fits = done[-1].fits and done[-1].total <= room
+            (good if fits else bad).append(done[-1])
+            return fits
+
+        if attempt(unit) and most > unit:
+            attempt(2 * unit)
+        for _ in range(TRIES if good else 0):
+            # Memory may bend upwards: once a batch was too large, the line goes through that, and the next is smaller.
+            line = fit_line([(one.rows / unit, one.total) for one in (good[-1], bad[-1] if bad else good[0])])
+            limit = bad[-1].rows // unit - 1 if bad else most // unit
+            rows = unit * largest_that_fits(*line, room, limit)
+            if rows <= good[-1].rows or attempt(rows):
                 break
-        largest = max((one.rows for one in done if one.fits and one.total <= room), default=0)
-        return Search(remat, fixed, each, unit * predicted, largest, largest == unit * most, tuple(done))
+        ends = [good[0], good[-1]] if good else done
+        fixed, each = fit_line([(one.rows, one.total) for one in ends])
+        largest = good[-1].rows if good else 0
+        return Search(remat, fixed, each, largest, largest == most, tuple(done))
 
     def compile(self, rows: int, remat: str) -> Compiled:
         """The stage's main program (the first) at a batch; what is in the workdir already is read from there."""
@@ -376,10 +383,10 @@ def needed_memory(message: str) -> float:
     return float(found[1]) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[found[2]] if found else 0.0
 
 
-def fit_line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """The straight line through the first two points (x, y): its value at 0, and its slope; through one, flat."""
-    (x, y), *more = points
-    slope = (more[0][1] - y) / (more[0][0] - x) if more else 0.0
+def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The straight line through two points (x, y): its value at 0, and its slope; flat where they are one."""
+    (x, y), (last_x, last_y) = points[0], points[-1]
+    slope = (last_y - y) / (last_x - x) if last_x != x else 0.0
     return y - slope * x, slope
 
 

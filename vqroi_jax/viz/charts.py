@@ -150,7 +150,7 @@ def plan(
         seconds: by part, for each program; parts are put below one another. Empty: no such panel.
     """
     height = 0.45 * len(names)
-    page = Page(12.6 if seconds else 7.4, height + 1.9)
+    page = Page(12.6 if seconds else 7.4, height + 1.6)
     page.text(MARGIN, 0.35, title, TITLE)
     places = np.arange(len(names))
 
@@ -170,7 +170,7 @@ def plan(
     for place, end in zip(places, ends, strict=True):
         axes.text(end, place, f' {end:.3g}', color=LIGHT, fontsize=SMALL, va='center')
     axes.set_xlim(0, 1.12 * max(ends))
-    if capacity < 2 * max(ends):
+    if capacity < 10 * max(ends):  # further away it would squeeze the bars
         axes.axvline(capacity, color=LIGHT, linewidth=1, linestyle='--', label=f'there are {capacity:.0f}')
         axes.set_xlim(0, 1.12 * max(*ends, capacity))
     panels = [axes]
