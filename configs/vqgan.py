@@ -3,8 +3,8 @@
     python -m vqroi_jax.main --config=configs/vqgan.py --config.data.path=BRATS --workdir=runs/vqgan
 
 Variants: `paper` (default: 128³, 10,000 epochs), `light` (a decoder without its ResBlock at full resolution), `v5e_16`
-(`paper` on 16 chips of a TPU v5e, topology 4x4; what it changes and why stands below), `release` (the authors' published code's learning rates), `demo` (24³ phantoms, minutes
-on a CPU) and `smoke` (seconds on a CPU, for tests).
+(`paper` on 16 chips of a TPU v5e, topology 4x4; what it changes and why stands below), `release` (the authors' published
+code's learning rates), `demo` (24³ phantoms, minutes on a CPU) and `smoke` (seconds on a CPU, for tests).
 Durations are text, '2000 epochs' or '500 steps'; inside the program everything is counted in steps.
 """
 
@@ -100,7 +100,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.figure_rois = 4  # held-out ROIs in each figure
 
     if variant == 'light':
-        # The ResBlock at full resolution takes a seventh of a step's operations, for 1 of 170 of the decoder's parameters.
+        # The ResBlock at full resolution takes a seventh of a step's operations and has 1 of 170 decoder parameters.
         model.decoder_res_blocks = (1, 1, 1, 0)
     if variant == 'v5e_16':
         # One ROI a chip, which takes 11.9 of its 16 GiB (configs/plan.py). As many epochs as before, so as many samples
