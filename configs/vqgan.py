@@ -3,8 +3,8 @@
     python -m vqroi_jax.main --config=configs/vqgan.py --config.data.path=BRATS --workdir=runs/vqgan
 
 Variants: `paper` (default: 128³, 10,000 epochs), `light` (a decoder without its ResBlock at full resolution), `v5e_16`
-(`paper` on 16 chips of a TPU v5e, topology 4x4; what it changes and why stands below), `release` (the authors' published
-code's learning rates), `demo` (24³ phantoms, minutes on a CPU) and `smoke` (seconds on a CPU, for tests).
+(`paper` on 16 chips of a TPU v5e, topology 4x4; what it changes and why stands below), `release` (the learning rates of
+the authors' published code), `demo` (24³ phantoms, minutes on a CPU) and `smoke` (seconds on a CPU, for tests).
 Durations are text, '2000 epochs' or '500 steps'; inside the program everything is counted in steps.
 """
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -195,7 +196,7 @@ def _stage1_run(config: ConfigDict, file: str, tensors: release.Tensors, others:
     tree = release.to_tree(file, tensors, places)
     release.check_codes(file, tree['codebook']['codes'])
     state = vqgan.VQGANState(
-        step=np.array(config.step, np.int32),
+        step=jnp.asarray(config.step, jnp.int32),
         params=tree['params'],
         discriminator=None,
         codebook=tree['codebook'],
@@ -237,7 +238,7 @@ def _stage2_run(config: ConfigDict, file: str, tensors: release.Tensors, stage1:
     places, unused = sizes.places(), sizes.unused()
     _check(file, cut, places, shapes, unused, 'stage 2')
     state = transformer.TransformerState(
-        step=np.array(config.step, np.int32),
+        step=jnp.asarray(config.step, jnp.int32),
         params=release.to_tree(file, cut, places)['params'],
         optimizer=None,
         average=None,
@@ -336,6 +337,7 @@ def write(config: ConfigDict, folder: Path) -> None:
         InputError: there is no such run, or the authors' code has no such network.
     """
     task = read_config(Path(config.run).expanduser()).task
+    trained: TrainedVQGAN | TrainedTransformer
     if task == 'vqgan':
         trained = load_vqgan(config.run, config.checkpoint)
         tensors, others = _stage1_tensors(trained)

@@ -93,7 +93,7 @@ def read_cost(text: str) -> Cost:
         text: of the scheduled module, as `jax.stages.Compiled.as_text()` gives it.
 
     Raises:
-        ValueError: there is no entry computation in it.
+        ValueError: there is no entry computation in it, or an instruction lacks what its opcode needs.
     """
     return _Module(_computations(text)).cost(_ENTRY)
 
@@ -117,7 +117,7 @@ class _Shape:
         """Bytes, tiles padded."""
         number = _BYTES.get(self.kind)
         if number is None:
-            number = int(re.search(r'\d+', self.kind)[0]) / 8
+            number = int(_found(r'\d+', self.kind)[0]) / 8
         order, _, tiling = self.layout.partition(':')
         sides = [self.sides[int(axis)] for axis in order.split(',')] if order else []  # the innermost first
         sides = sides if len(sides) == len(self.sides) else list(self.sides[::-1])
@@ -141,9 +141,8 @@ class _Instruction:
     def operands(self) -> list[str]:
         return re.findall(r'%([\w.\-]+)', self.arguments)
 
-    def called(self, attribute: str) -> str | None:
-        found = re.search(rf'\b{attribute}=%?([\w.\-]+)', self.attributes)
-        return found[1] if found else None
+    def called(self, attribute: str) -> str:
+        return _found(rf'\b{attribute}=%?([\w.\-]+)', self.attributes)[1]
 
     @property
     def bytes(self) -> float:
@@ -177,7 +176,7 @@ def _instruction(line: str) -> _Instruction | None:
         return None
     rest = line[head.end() :]
     end = _closing(rest) + 1 if rest.startswith('(') else rest.index(' ')
-    opcode = re.match(r' ?([\w\-]+)', rest[end:])
+    opcode = _found(r'\A ?([\w\-]+)', rest[end:])
     start = end + opcode.end()
     stop = start + _closing(rest[start:])
     shapes = tuple(
@@ -185,6 +184,14 @@ def _instruction(line: str) -> _Instruction | None:
         for kind, sides, layout in _SHAPE.findall(rest[:end])
     )
     return _Instruction(head[2], shapes, opcode[1], rest[start + 1 : stop], rest[stop + 1 :], bool(head[1]))
+
+
+def _found(pattern: str, text: str) -> re.Match[str]:
+    """Where a pattern first occurs in a text that always holds it."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f'expected {pattern} in: {text[:80]}')
+    return found
 
 
 def _closing(text: str) -> int:
@@ -224,7 +231,7 @@ class _Module:
             names = re.findall(r'[\w.\-]+', branches[1]) if branches else _branches(one)
             return max((self.cost(name) for name in names), key=lambda cost: (cost.flops, cost.bytes))
         if one.opcode in ('call', 'async-start'):
-            return self.cost(one.called('to_apply') or one.called('calls'))
+            return self.cost(one.called('to_apply' if one.opcode == 'call' else 'calls'))
         cycles = re.search(r'"estimated_cycles":"(\d+)"', one.attributes)
         cost = Cost(_flops(one, inside), self._traffic(one, inside), float(cycles[1]) if cycles else 0.0)
         if one.opcode == 'fusion':
@@ -323,9 +330,10 @@ class _Module:
             limit = _origin(inside[start.operands[_index(limit)]], inside)
         first = _constant(_origin(inside[start.operands[_index(counter)]], inside))
         last = _constant(limit)
-        if len(steps) != 1 or None in (first, last, steps[0]) or steps[0] < 1:
+        by = steps[0] if len(steps) == 1 else None
+        if first is None or last is None or by is None or by < 1:
             return None
-        return max(-((first - last) // steps[0]), 0)
+        return max(-((first - last) // by), 0)
 
     def _binary(
         self, one: _Instruction, inside: _Computation
@@ -336,13 +344,13 @@ class _Module:
         operation = _root(within) if one.opcode == 'fusion' else one
         if len(operation.operands) != 2:
             return None
-        sides = [_origin(within[name], within) for name in operation.operands]
+        left, right = (_origin(within[name], within) for name in operation.operands)
         if one.opcode == 'fusion':
-            sides = [
+            left, right = (
                 _origin(inside[one.operands[int(side.arguments)]], inside) if side.opcode == 'parameter' else side
-                for side in sides
-            ]
-        return operation, *sides
+                for side in (left, right)
+            )
+        return operation, left, right
 
 
 def _root(computation: _Computation) -> _Instruction:
@@ -350,7 +358,7 @@ def _root(computation: _Computation) -> _Instruction:
 
 
 def _index(one: _Instruction) -> int:
-    return int(re.search(r'index=(\d+)', one.attributes)[1])
+    return int(_found(r'index=(\d+)', one.attributes)[1])
 
 
 def _constant(one: _Instruction) -> int | None:
@@ -371,7 +379,7 @@ def _branches(one: _Instruction) -> list[str]:
 def _flops(one: _Instruction, inside: _Computation) -> float:
     if one.opcode == 'dot':
         left = inside[one.operands[0]].shapes[0].sides
-        contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', one.attributes)[1]
+        contracted = _found(r'lhs_contracting_dims=\{([\d,]*)\}', one.attributes)[1]
         return (
             2.0 * math.prod(one.shapes[0].sides) * math.prod(left[int(axis)] for axis in contracted.split(',') if axis)
         )
@@ -383,7 +391,7 @@ def _flops(one: _Instruction, inside: _Computation) -> float:
 def _convolution_flops(one: _Instruction, inside: _Computation) -> float:
     """Twice the products of numbers that are there: positions in the padding or between dilated ones do not count."""
     left, right = (inside[name].shapes[0].sides for name in one.operands[:2])
-    labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', one.attributes)
+    labels = _found(r'dim_labels=(\w+)_(\w+)->(\w+)', one.attributes)
     result = one.shapes[0].sides
     window = re.search(r'window=\{([^}]*)\}', one.attributes)
     fields = dict(field.split('=') for field in window[1].split()) if window else {}

@@ -40,7 +40,7 @@ def join(hosts: str, task: str) -> None:
         return
     if task in ONE_PROCESS:
         raise InputError(f'the task {task!r} runs in one process: start a single one, with --hosts=none')
-    settings = {}
+    explicit = None
     if hosts not in ('', 'auto'):
         explicit = _EXPLICIT.fullmatch(hosts)
         if not explicit or not int(explicit['index']) < int(explicit['number']):
@@ -48,16 +48,19 @@ def join(hosts: str, task: str) -> None:
                 f"--hosts={hosts}: expected 'auto', 'none' or ADDRESS:PORT,NUMBER,INDEX with the indices 0 to NUMBER - "
                 '1, such as 10.0.0.1:1234,4,0 for the first of four'
             )
-        settings = {
-            'coordinator_address': explicit['address'],
-            'num_processes': int(explicit['number']),
-            'process_id': int(explicit['index']),
-            'cluster_detection_method': 'deactivate',
-        }
     import jax  # here, for main must not load it to print its help
 
     try:
-        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT)
+        if explicit:
+            jax.distributed.initialize(
+                coordinator_address=explicit['address'],
+                num_processes=int(explicit['number']),
+                process_id=int(explicit['index']),
+                cluster_detection_method='deactivate',
+                heartbeat_timeout_seconds=HEARTBEAT,
+            )
+        else:
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition('\n')[0]
         raise InputError(

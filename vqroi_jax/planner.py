@@ -277,7 +277,9 @@ class Planner:
         unit = self._micro_batches
         most = max(self._most() // unit, 1) * unit
         room = self.target.memory * (1 - self.config.margin)
-        good, bad, done = [], [], []
+        good: list[Compiled] = []
+        bad: list[Compiled] = []
+        done: list[Compiled] = []
 
         def attempt(rows: int) -> bool:
             done.append(self.compile(rows, remat))

@@ -108,17 +108,18 @@ class VQGANSizes:
 
     def places(self) -> dict[str, Place]:
         """Where each tensor that we use stands in {'params': …, 'codebook': …} of stage 1."""
-        levels, places = len(self.channels), {}
+        levels = len(self.channels)
+        places: dict[str, Place] = {}
         for level in range(levels + 1):
             here = 'hidden' if level == levels else str(level)
-            names = [f'Encoder.conv{level + 1}.{part}' for part in ('group_norm', 'conv.0', 'conv.1')]
-            places |= _convolution(*names, f'params/encoder/conv_{here}', f'params/encoder/norm_{here}')
+            norm, conv, same = (f'Encoder.conv{level + 1}.{part}' for part in ('group_norm', 'conv.0', 'conv.1'))
+            places |= _convolution(norm, conv, same, f'params/encoder/conv_{here}', f'params/encoder/norm_{here}')
             if level == levels or self.encoder_res_blocks[level]:
                 block = 'block_hidden' if level == levels else f'block_{level}_0'
                 places |= _res_block(f'Encoder.res_block{level + 1}', f'params/encoder/{block}')
         for level in range(levels):
-            names = [f'Decoder.upsize{levels - level}.{part}' for part in ('group_norm', 'up.1', 'up.2')]
-            places |= _convolution(*names, f'params/decoder/conv_{level}', f'params/decoder/norm_{level}')
+            norm, conv, same = (f'Decoder.upsize{levels - level}.{part}' for part in ('group_norm', 'up.1', 'up.2'))
+            places |= _convolution(norm, conv, same, f'params/decoder/conv_{level}', f'params/decoder/norm_{level}')
             if self.decoder_res_blocks[level]:
                 places |= _res_block(f'Decoder.res_block{levels - level}', f'params/decoder/block_{level}_0')
         return {
@@ -257,7 +258,8 @@ def to_tree(path: Any, tensors: Mapping[str, np.ndarray], places: Mapping[str, P
         InputError: a tensor is not float32, has values that are not finite, or differs from another that is the same
             in the authors' code.
     """
-    leaves, taken = {}, {}
+    leaves: dict[str, list[np.ndarray]] = {}
+    taken: dict[Place, str] = {}
     for name, place in places.items():
         array = tensors[name]
         if array.dtype != np.float32:

@@ -122,7 +122,7 @@ def _describe(name: str, family: str, sides: str) -> Sequence[jax.Device]:
         ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),  # uses no TPU, so it may run beside what does
     ):
         os.environ.setdefault(variable, value)
-    options = {}
+    options: dict[str, list[int] | str] = {}
     if set(sides.split('x')) == {'1'}:
         options['chips_per_host_bounds'] = [1, 1, 1]  # otherwise a host has 2 x 2
     if family == 'v4':

@@ -131,7 +131,7 @@ def make_look(recipe: vqgan.Recipe, mesh: Mesh) -> Callable[[dict, jax.Array], S
         return Seen(reconstruction, trunk.tokens, trunk.scores, trunk.logits)
 
     volumes, rows = partitioning.volume_sharding(mesh), partitioning.batch_sharding(mesh)
-    return jax.jit(partitioning.traced_on(mesh, look), out_shardings=Seen(volumes, rows, rows, rows))
+    return jax.jit(partitioning.traced_on(mesh, look), out_shardings=Seen._make((volumes, rows, rows, rows)))
 
 
 def make_evaluation(

@@ -97,7 +97,7 @@ def _walk(
         The products, [B, d, h, w, out], and the correlations, float32 [k, k, k, in, out]; None for what is not done.
     """
     batch, depth, _, _, channels = x.shape
-    padding, around = padding
+    ends, around = padding  # zeros at both ends of the depth axis, and around each slice
     features = bias.shape[0]
     slabs, rows = _slabs(batch, *sides[1:], channels)
     extra_rows = slabs * rows - sides[1]  # of zeros, to fill the last slab
@@ -108,7 +108,7 @@ def _walk(
         plane = lax.dynamic_index_in_dim(x, d, 1, keepdims=False)
         plane = jnp.pad(plane, ((0, 0), (around, around + extra_rows), (around, around), (0, 0)))
         if companion is not None:
-            others = jnp.concatenate([_slice_or_zeros(companion, d + padding - tap) for tap in range(k)], -1)
+            others = jnp.concatenate([_slice_or_zeros(companion, d + ends - tap) for tap in range(k)], -1)
             others = jnp.pad(others, ((0, 0), (0, extra_rows), (0, 0), (0, 0)))
 
         def one_slab(slab, carry):
@@ -125,8 +125,8 @@ def _walk(
 
         sums, total = lax.fori_loop(0, slabs, one_slab, (sums, total))
         if weights is not None:
-            # Results before the first (there are some if the padding is less than k - 1) are overwritten by it.
-            y = put(y, sums, k - 1, jnp.maximum(d + padding - k + 1, 0))
+            # Results before the first (there are some if `ends` is less than k - 1) are overwritten by it.
+            y = put(y, sums, k - 1, jnp.maximum(d + ends - k + 1, 0))
         return y, sums, total
 
     def put(y, sums, tap, d):
@@ -142,8 +142,8 @@ def _walk(
         total = jnp.zeros((k * k * channels, k * features), jnp.float32)
     y, sums, total = lax.fori_loop(0, depth, one_slice, (y, sums, total))
     if weights is not None:
-        for tap in range(k - 2, k - 2 - padding, -1):  # the slices that only padding was to follow
-            y = put(y, sums, tap, depth - 1 + padding - tap)
+        for tap in range(k - 2, k - 2 - ends, -1):  # the slices that only padding was to follow
+            y = put(y, sums, tap, depth - 1 + ends - tap)
     if companion is not None:
         total = jnp.moveaxis(total.reshape(k, k, channels, k, features), 3, 0)
     return y, total

@@ -156,7 +156,8 @@ def shardings_table(state: Any, mesh: Mesh) -> str:
         A row for each array that is no optimiser's and no average's, which are split as their parameters; then, for
         every field, and in all, bytes on a device and in the whole run.
     """
-    places, rows, totals = state_shardings(state, mesh), [], {}
+    places, rows = state_shardings(state, mesh), []
+    totals: dict[str, list[int]] = {}  # bytes on a device, and in the whole run
     for (path, leaf), place in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(places), strict=True):
         field, *rest = (str(getattr(key, 'name', getattr(key, 'key', getattr(key, 'idx', key)))) for key in path)
         own = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize

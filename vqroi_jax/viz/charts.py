@@ -167,7 +167,7 @@ def plan(
         if any(sizes):
             axes.barh(places, sizes, 0.65, ends, color=colour, label=kind)
         ends += sizes
-    for place, end in zip(places, ends, strict=True):
+    for place, end in enumerate(ends):
         axes.text(end, place, f' {end:.3g}', color=LIGHT, fontsize=SMALL, va='center')
     axes.set_xlim(0, 1.12 * max(ends))
     if capacity < 10 * max(ends):  # further away it would squeeze the bars
