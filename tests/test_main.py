@@ -201,6 +201,16 @@ def test_bugs_keep_their_traceback(toy, error):
         run(toy)
 
 
+def test_a_slip_in_hosts_is_told_before_anything_starts(toy, capsys):
+    assert run(toy, '--hosts=first') == 2
+    assert capsys.readouterr().err.startswith(
+        "vqroi_jax: error: --hosts=first: expected 'auto', 'none' or ADDRESS:PORT"
+    )
+    assert toy.started == []
+    assert run(toy, '--hosts=none') == 0
+    assert len(toy.started) == 1
+
+
 def test_help_of_a_config_lists_its_fields_as_they_are_set(toy, capsys):
     assert run(toy, '--help', '--config.batch_size=17') == 0
     out = capsys.readouterr().out

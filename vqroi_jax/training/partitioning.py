@@ -159,7 +159,8 @@ def shardings_table(state: Any, mesh: Mesh) -> str:
     places, rows = state_shardings(state, mesh), []
     totals: dict[str, list[int]] = {}  # bytes on a device, and in the whole run
     for (path, leaf), place in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(places), strict=True):
-        field, *rest = (str(getattr(key, 'name', getattr(key, 'key', getattr(key, 'idx', key)))) for key in path)
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        field = name.partition('/')[0]
         own = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total = totals.setdefault(field, [0, 0])
         total[0] += own
@@ -167,9 +168,7 @@ def shardings_table(state: Any, mesh: Mesh) -> str:
         if not field.endswith(('optimizer', 'average')):
             split = ', '.join('-' if axis is None else axis for axis in place.spec)
             shape = ', '.join(map(str, leaf.shape))
-            rows.append(
-                ('/'.join((field, *rest)), f'({shape})', 'whole' if place.is_fully_replicated else split, f'{own:,}')
-            )
+            rows.append((name, f'({shape})', 'whole' if place.is_fully_replicated else split, f'{own:,}'))
     head = ('array', 'shape', 'split along', 'bytes a device')
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(4)]
     lines = [
