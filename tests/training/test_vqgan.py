@@ -236,7 +236,8 @@ def test_several_devices_equal_one(mesh_settings, changes, monkeypatch):
             np.testing.assert_allclose(wide_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
         assert_states_close(wide_state, state, config.optimizer.learning_rate)
         moments = [s.optimizer[1].mu for s in (wide_state, state)]  # the gradients, as Adam has them
-        assert_trees_close(*moments, 1e-4)
+        # VGG16's maxima enlarge rounding; it shows at biases before norms, whose gradients nearly cancel.
+        assert_trees_close(*moments, 5e-4 if recipe.lpips else 1e-4)
     kernel = wide_state.discriminator_optimizer[1].nu['conv_1']['kernel']
     assert kernel.size == kernel.addressable_shards[0].data.size * wide.shape['fsdp']
 
