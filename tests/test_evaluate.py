@@ -173,7 +173,8 @@ def test_leaves_metrics_with_floors_settings_and_identities(done):
 def test_the_report_is_one_page_that_holds_everything(done):
     page = (done / 'report.html').read_text()
     found = json.loads((done / 'metrics.json').read_text())
-    assert page.count('data:image/png;base64,') == 7
+    assert page.count('<img src="data:image/png;base64,') == 7
+    assert 'niivue' in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     for figure in found['figures']:
         assert figure['metric'] in page

@@ -44,6 +44,7 @@ def test_slices_are_spread_over_the_tumour(plane, places, take, network):
             )
 
 
+@pytest.mark.long
 def test_or_over_the_whole_roi(network):
     found = plane_features(volumes(), 'axial', 2, keep_empty=True, network=network)
     for number, place in enumerate((5, 15)):

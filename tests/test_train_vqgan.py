@@ -95,7 +95,7 @@ def test_validation_equals_plain_loops_over_the_reconstructions(finished, cohort
     np.testing.assert_allclose(last['val/live_codes'], np.mean(counts > 0))
 
 
-@pytest.mark.parametrize('stop_after', [3, 5])
+@pytest.mark.parametrize('stop_after', [3, pytest.param(5, marks=pytest.mark.long)])
 def test_stopping_and_resuming_is_bit_identical(finished, cohort, tmp_path, monkeypatch, stop_after):
     """Stopped before and after the codebook's initialisation at step 4, off the checkpoints' rhythm."""
     config = smoke_config(**{'data.path': str(cohort)})
@@ -120,6 +120,7 @@ def stopping_after(step):
     return contextlib.nullcontext(lambda now: now == step)
 
 
+@pytest.mark.long
 def test_one_patient_trains_without_validation(cohort, tmp_path, capsys):
     data = smoke_config().data
     folder = next((cohort / 'phantom' / 'HGG').iterdir())

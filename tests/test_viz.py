@@ -385,8 +385,10 @@ def test_a_surface_is_closed_at_the_border_and_empty_without_a_tumour():
     edges = np.sort(np.concatenate([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [2, 0]]]), axis=1)
     assert (np.unique(edges, axis=0, return_counts=True)[1] == 2).all()
     assert vertices.min(axis=0) == pytest.approx([-0.95] * 3)
-    for part in viz.triangulate(np.full((3, 4, 5), -1, np.float32)):
+    nothing = np.full((3, 4, 5), -1, np.float32)
+    for part in viz.triangulate(nothing):
         assert part.shape == (0, 3)
+    assert len(viz.surfaces(nothing[None], ['LGG'], ['empty']).axes) == 1
 
 
 def test_surfaces_are_drawn_class_by_class():

@@ -25,7 +25,7 @@ from vqroi_jax.errors import InputError
 CONFIG_FILE = 'config.json'
 LOCK_FILE = '.lock'
 COMPILED_FOLDER = 'compiled'  # programs, so that a run that goes on, or the same one again, does not compile anew
-UNRECORDED = ('print_shardings',)  # fields that say what to show of a run, and not what it is
+UNASKED = {'print_shardings': False}  # fields that say what to show of a run, not what it is: recorded as not asked for
 LAYOUT = 'mesh.'  # block that says what a run is computed on: it may go on elsewhere, with the same results to rounding
 SHOWN_DIFFERENCES = 8  # fields; more are counted
 
@@ -159,7 +159,8 @@ def _processor() -> str:
 
 def _record_config(folder: Path, config: ConfigDict) -> None:
     path = folder / CONFIG_FILE
-    plain = {name: value for name, value in config.to_dict().items() if name not in UNRECORDED}
+    plain = config.to_dict()
+    plain |= {name: value for name, value in UNASKED.items() if name in plain}
     text = json.dumps(plain, indent=2, sort_keys=True) + '\n'
     if not path.exists():
         write_atomically(path, text)

@@ -28,6 +28,7 @@ def test_equals_the_package(weights):
     assert expected.min() > 0.01
 
 
+@pytest.mark.long
 def test_gradient_is_finite_where_features_vanish(weights):
     flat = jnp.full((1, 16, 16, 3), -1.0)
     gradient = jax.grad(lambda x: perceptual.LPIPS().apply({'params': weights}, x, flat + 0.1).sum())(flat)

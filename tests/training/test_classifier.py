@@ -47,7 +47,7 @@ def step_on(devices, how):
     return classifier.make_train_step(how, mesh)(state, partitioning.put_batch(batch(), mesh))
 
 
-@pytest.mark.parametrize('augment', [None, AUGMENT])
+@pytest.mark.parametrize('augment', [pytest.param(None, marks=pytest.mark.long), AUGMENT])
 def test_eight_devices_equal_one(augment):
     one, eight = (step_on(devices, recipe(augment=augment)) for devices in (1, 8))
     np.testing.assert_allclose(one[1]['loss'], eight[1]['loss'], rtol=1e-5)
@@ -85,6 +85,7 @@ def test_first_step_is_adams_on_the_focal_losss_gradient():
     assert after.step == 1
 
 
+@pytest.mark.long
 def test_learns_to_tell_cores():
     how, mesh = recipe(rate=3e-3), partitioning.make_mesh({'data': 1})
     state = classifier.create_state(how, SHAPE, mesh)

@@ -332,7 +332,6 @@ def test_training_takes_a_strategy_of_ones_own(name, monkeypatch):
         ({'model.remat': 'all'}, "config.model.remat='all'"),
         ({'model.layers': 0}, 'config.model.layers=0'),
         ({'model.heads': 3}, 'config.model.width=16 does not divide by config.model.heads=3'),
-        ({'mesh.model': 3}, 'config.model.heads=4 does not divide by config.mesh.model=3'),
         ({'label_dropout': 1.0}, 'config.label_dropout=1.0'),
         ({'augment.flip': ('up',)}, "config.augment.flip: 'up' is none of depth, height, width"),
         ({'masking.top_k': 0.01}, r'config\.masking\.top_k=0\.01'),

@@ -116,7 +116,7 @@ def whole_gradient(recipe, state, batch, noise):
     return jax.jit(compute)(state, batch, noise, recipe.lpips_weights)
 
 
-@pytest.mark.parametrize('perceptual_name', ['none', 'vgg16'])
+@pytest.mark.parametrize('perceptual_name', ['none', pytest.param('vgg16', marks=pytest.mark.long)])
 def test_gradients_equal_the_plain_objective(perceptual_name):
     recipe, state, batch, noise = default_start()
     if perceptual_name == 'vgg16':

@@ -88,8 +88,10 @@ def surfaces(
 
 def _draw(axes: Axes3D, volume: np.ndarray, spacing: Sequence[float], level: float, colour: str) -> None:
     vertices, triangles = triangulate(volume, spacing, level)
-    corners = vertices[triangles][..., [1, 2, 0]]  # NIfTI's order: to the left, to the back, up
-    axes.add_collection3d(Poly3DCollection(corners, facecolors=colour, linewidths=0, shade=True, lightsource=_LAMP))
+    if len(triangles):
+        corners = vertices[triangles][..., [1, 2, 0]]  # NIfTI's order: to the left, to the back, up
+        surface = Poly3DCollection(corners, facecolors=colour, linewidths=0, shade=True, lightsource=_LAMP)
+        axes.add_collection3d(surface)
     sides = [volume.shape[axis] * spacing[axis] for axis in (1, 2, 0)]
     for limit, side in zip((axes.set_xlim, axes.set_ylim, axes.set_zlim), sides, strict=True):
         limit(0, side)
