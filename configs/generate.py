@@ -66,7 +66,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
         intensity.background = 0.3  # voxels are coarse and edges soft, so the border lies higher up
         sampling.sub_batch = 25
     if variant == 'smoke':
-        config.number = 2
+        config.number = 4
         sampling.passes = 4
         sampling.sub_batch = 2
     return config

@@ -56,4 +56,5 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
         phantom.patients = 160
     if variant == 'smoke':
         phantom.patients = 8
+        data.split.test = 2.0
     return config

@@ -103,7 +103,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
         # The ResBlock at full resolution takes a seventh of a step's operations and has 1 of 170 decoder parameters.
         model.decoder_res_blocks = (1, 1, 1, 0)
     if variant == 'v5e_16':
-        # One ROI a chip, which takes 11.9 of its 16 GiB (configs/plan.py). As many epochs as before, so as many samples
+        # One ROI a chip, which takes 7.0 of its 16 GiB (configs/plan.py). As many epochs as before, so as many samples
         # seen and the adversarial terms from the same one on, in 3/16 of the steps. The learning rate grows with the
         # square root of the batch, as fits Adam (Malladi et al. 2022); the codebook's decay is raised to the power of
         # 16/3, so that it forgets as fast by samples (Busbridge et al. 2023).

@@ -50,7 +50,7 @@ def test_goes_from_phantoms_to_samples_and_what_they_are_worth(finished, capsys)
     for figure in ('vqgan/figures/curves.png', 'transformer/figures/curves.png'):
         assert (finished / figure).exists()
     found = json.loads((finished / 'evaluation' / evaluate.METRICS_FILE).read_text())
-    assert found['fake']['rois'] == {'LGG': 2, 'HGG': 2}
+    assert found['fake']['rois'] == {'LGG': 4, 'HGG': 4}
     assert {figure['label'] for figure in found['figures']} == {'', 'LGG', 'HGG'}
 
 

@@ -25,7 +25,7 @@ def tiny_config(stage: str) -> ConfigDict:
     """8³ voxels, 2³ tokens, one layer."""
     config = runpy.run_path(str(CONFIGS / 'plan.py'))['get_config']('smoke')
     config.stage, config.target = stage, 'cpu'
-    config.cohort.rois = 4
+    config.cohort.rois, config.search = 4, True
     config.vqgan.data.roi_size = (8, 8, 8)
     config.vqgan.discriminator.channels = (8,)
     config.transformer.model.layers = 1

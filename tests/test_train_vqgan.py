@@ -145,6 +145,7 @@ def test_one_patient_trains_without_validation(cohort, tmp_path, capsys):
         ({'mesh.data': 1, 'mesh.spatial': 3}, 'mesh.spatial=3 does not divide the 8 depth slices'),
         ({'data.roi_size': (16, 16, 15)}, 'width 15 does not divide by 2'),
         ({'training.duration': 'long'}, 'training.duration'),
+        ({'training.log_every': '0.01 epochs'}, 'training.log_every: .* a smaller batch_size'),
     ],
     ids=str,
 )
@@ -155,6 +156,7 @@ def test_bad_settings_are_told_before_any_work(cohort, tmp_path, change, words, 
     monkeypatch.setattr(train_vqgan.vqgan, 'create_state', too_late)
     with pytest.raises(InputError, match=words):
         train_vqgan.run(smoke_config(**{'data.path': str(cohort), **change}), tmp_path)
+    assert not (tmp_path / 'config.json').exists()
 
 
 def test_shardings_are_printed_and_nothing_is_trained(cohort, tmp_path, capsys):

@@ -114,17 +114,21 @@ def test_whole_and_other_numbers_of_the_same_value_are_the_same(tmp_path):
         pass
 
 
-def test_a_run_may_go_on_with_another_mesh_and_is_recorded_as_not_asked_to_show_it(tmp_path):
+def test_a_run_may_go_on_with_another_mesh_and_what_is_shown_of_it_is_not_recorded(tmp_path):
     config = make_config()
     config.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1})
     config.print_shardings = True
     with open_workdir(tmp_path, config):
         pass
-    assert not read_config(tmp_path).print_shardings
-    config.mesh.fsdp, config.print_shardings = 8, False
+    assert not (tmp_path / 'config.json').exists()
+    config.print_shardings = False
+    with open_workdir(tmp_path, config):
+        (tmp_path / 'result').touch()
+    config.mesh.fsdp, config.print_shardings = 8, True
     with open_workdir(tmp_path, config):
         pass
     assert read_config(tmp_path).mesh.fsdp == 1
+    assert not read_config(tmp_path).print_shardings
 
 
 def test_a_damaged_config_is_told(tmp_path):

@@ -53,6 +53,8 @@ def train(config: ConfigDict, folder: Path) -> None:
     rois = cohort.split('train')
     check_finished(vqgan, config.vqgan_checkpoint, len(rois))
     batch = pipeline.Batches(rois, config.batch_size, config.seed, **partitioning.this_process(mesh))
+    pipeline.check_classes(rois, cohort.classes)
+    loop.Schedule.read(config.training, batch.steps_per_epoch)
     recipe = transformer.make_recipe(config, vqgan.model.codes, len(cohort.classes), vqgan.grid, batch.steps_per_epoch)
     if config.print_shardings:
         if is_primary():

@@ -54,6 +54,8 @@ def train(config: ConfigDict, folder: Path) -> None:
     partitioning.check_batch('eval_batch_size', config.eval_batch_size, 1, mesh)
     cohort = open_cohort(config, folder / 'cohort')
     batches = pipeline.Batches(cohort.split('train'), config.batch_size, config.seed, **partitioning.this_process(mesh))
+    pipeline.check_classes(cohort.split('train'), cohort.classes)
+    loop.Schedule.read(config.training, batches.steps_per_epoch)
     recipe = vqgan.make_recipe(config, len(cohort.classes), batches.steps_per_epoch)
     if config.print_shardings:
         if is_primary():

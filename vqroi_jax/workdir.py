@@ -39,10 +39,10 @@ def is_primary() -> bool:
 def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
     """Makes the folder, locks it for this process, and records the config or compares it with the recorded.
 
-    The lock is the operating system's, so it is gone when the process is, however it ends. Of several
-    processes of one run, only the primary one locks and writes. A run that ends with an `InputError` before it has
-    written anything leaves no config behind. Compiled programs are kept in the folder, unless JAX was told where to
-    (JAX_COMPILATION_CACHE_DIR) or an outer workdir is open.
+    The lock is the operating system's, so it is gone when the process is, however it ends. Of several processes of one
+    run, only the primary one locks and writes. A run that ends with an `InputError` before it has written anything, or
+    that was only to show something, leaves no config behind. Compiled programs are kept in the folder, unless JAX was
+    told where to (JAX_COMPILATION_CACHE_DIR) or an outer workdir is open.
 
     Args:
         workdir: the run's folder, on a local or mounted file system.
@@ -73,6 +73,8 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
         try:
             with _compiled_in(folder):
                 yield folder
+            if any(config[name] for name in UNASKED if name in config):
+                _forget_config_of_nothing(folder)
         except InputError:
             _forget_config_of_nothing(folder)
             raise

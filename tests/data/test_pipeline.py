@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from vqroi_jax.data.pipeline import Batches, RoiSource, eval_batches
+from vqroi_jax.data.pipeline import Batches, RoiSource, check_classes, eval_batches
 from vqroi_jax.errors import InputError
 
 SIZE = (4, 6, 5)
@@ -139,3 +139,9 @@ def test_evaluation_sees_every_roi_once(length, processes):
 
 def test_evaluation_of_an_empty_split_is_no_batch():
     assert list(eval_batches(make_source(0), 4)) == []
+
+
+def test_a_split_without_a_class_is_refused():
+    check_classes(make_source(3), ('LGG', 'HGG', 'AST'))
+    with pytest.raises(InputError, match="the train split has no ROI of class 'AST'"):
+        check_classes(make_source(2), ('LGG', 'HGG', 'AST'))

@@ -257,6 +257,20 @@ def eval_batches(
     return iter(batches.to_iter_dataset(_read_options(prefetch)))
 
 
+def check_classes(source: RoiSource, classes: Sequence[str]) -> None:
+    """Refuses a split that lacks a class.
+
+    Raises:
+        InputError: naming the class.
+    """
+    counts = np.bincount(source.labels, minlength=len(classes))
+    if not counts.all():
+        raise InputError(
+            f'the {source.name} split has no ROI of class {classes[int(np.argmin(counts))]!r}; prepare the cohort '
+            'without that class (data.classes), or with patients of it'
+        )
+
+
 def first_of_each_class(labels: np.ndarray, number: int) -> np.ndarray:
     """Positions [up to `number`] of the first few of each class, as evenly as there are, in order."""
     turns = [np.sum(labels[:i] == label) for i, label in enumerate(labels)]  # of each within its class

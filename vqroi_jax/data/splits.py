@@ -59,7 +59,9 @@ def split_patients(
     for label in classes:
         patients = sorted(patients_of[label], key=lambda name: _rank(split.seed, name))
         test, val = (_count(split[field], len(patients)) for field in ('test', 'val'))
-        if patients and test + val >= len(patients):
+        if not patients:
+            warnings.append(f'class {label}: no patients')
+        elif test + val >= len(patients):
             warnings.append(
                 f'class {label}: {len(patients)} patient{"s" * (len(patients) > 1)} cannot give {val} to validation '
                 f'and {test} to test and leave one to training; all go to training'

@@ -32,6 +32,7 @@ def to_steps(text: str, steps_per_epoch: float, field: str = 'duration', minimum
     steps = round(count if match[2] == 'step' else count * steps_per_epoch)
     if steps < minimum:
         raise InputError(
-            f'{field}: {text!r} is {steps} steps (an epoch has {steps_per_epoch:g}); at least {minimum} expected'
+            f'{field}: {text!r} is {steps} steps (an epoch has {steps_per_epoch:g}); at least {minimum} expected: '
+            'a smaller batch_size makes more of an epoch, or write it in steps'
         )
     return steps
