@@ -19,6 +19,8 @@ LEVEL = -0.9  # intensity between background, -1, and the darkest tumour
 
 _LAMP = LightSource(azdeg=225, altdeg=40)
 _COLUMNS, _PANEL, _HEAD = 6, 1.7, 0.4  # panels side by side at most; inches of a panel, and of a class's name
+_AXES = [1, 2, 0]  # of (depth, height, width), in NIfTI's order: to the left, to the back, up
+_ZOOM = 1.6  # at which a ball that touches the six sides of the box just fits a panel
 _VIEW = "all at one scale, seen from the front, a little from above and from the patient's left"
 
 
@@ -68,33 +70,48 @@ def surfaces(
     for volume, label, title in zip(volumes, labels, titles, strict=True):
         classes.setdefault(label, []).append((volume, title))
     steps = tuple(spacing or (1.0, 1.0, 1.0))
+    drawn = {
+        label: [(triangulate(volume, steps, level), title) for volume, title in members]
+        for label, members in classes.items()
+    }
+    balls = {label: [_ball(vertices) for (vertices, _), _ in members] for label, members in drawn.items()}
+    radius = max(radius for members in balls.values() for _, radius in members) or 1.0
     columns = min(_COLUMNS, max(map(len, classes.values())))
     lines = {label: -(-len(members) // columns) for label, members in classes.items()}
     height = sum(_HEAD + number * _PANEL for number in lines.values()) + 0.5
     page, top = Page(max(columns * _PANEL, 4.5) + 2 * MARGIN, height), 0.1
-    for (label, members), colour in zip(classes.items(), itertools.cycle(COLOURS), strict=False):
+    for (label, members), colour in zip(drawn.items(), itertools.cycle(COLOURS), strict=False):
         page.text(MARGIN, top + 0.25, label, TITLE)
-        for number, (volume, title) in enumerate(members):
+        for number, (((vertices, triangles), title), (centre, _)) in enumerate(zip(members, balls[label], strict=True)):
             row, column = divmod(number, columns)
             left, upper = MARGIN + column * _PANEL, top + _HEAD + row * _PANEL
             page.text(left, upper + 0.16, title, TEXT, FAINT)
             axes = page.axes(left, upper + 0.2, _PANEL - 0.1, _PANEL - 0.25, projection='3d')
             assert isinstance(axes, Axes3D)
-            _draw(axes, volume, steps, level, colour)
+            _draw(axes, vertices, triangles, centre, radius, colour)
         top += _HEAD + lines[label] * _PANEL
     page.text(MARGIN, top + 0.25, _VIEW, SMALL, FAINT)
     return page.figure
 
 
-def _draw(axes: Axes3D, volume: np.ndarray, spacing: Sequence[float], level: float, colour: str) -> None:
-    vertices, triangles = triangulate(volume, spacing, level)
+def _ball(vertices: np.ndarray) -> tuple[np.ndarray, float]:
+    """A ball [mm] around a surface: the middle of its extent, float [3], and how far its vertices are from there."""
+    if not len(vertices):
+        return np.zeros(3), 0.0
+    centre = (vertices.min(axis=0) + vertices.max(axis=0)) / 2
+    return centre, float(np.linalg.norm(vertices - centre, axis=1).max())
+
+
+def _draw(
+    axes: Axes3D, vertices: np.ndarray, triangles: np.ndarray, centre: np.ndarray, radius: float, colour: str
+) -> None:
+    """A surface in the middle of a panel that shows a ball of this radius [mm] as a whole."""
     if len(triangles):
-        corners = vertices[triangles][..., [1, 2, 0]]  # NIfTI's order: to the left, to the back, up
+        corners = vertices[triangles][..., _AXES]
         surface = Poly3DCollection(corners, facecolors=colour, linewidths=0, shade=True, lightsource=_LAMP)
         axes.add_collection3d(surface)
-    sides = [volume.shape[axis] * spacing[axis] for axis in (1, 2, 0)]
-    for limit, side in zip((axes.set_xlim, axes.set_ylim, axes.set_zlim), sides, strict=True):
-        limit(0, side)
-    axes.set_box_aspect(sides, zoom=1.6)
+    for limit, middle in zip((axes.set_xlim, axes.set_ylim, axes.set_zlim), centre[_AXES], strict=True):
+        limit(middle - radius, middle + radius)
+    axes.set_box_aspect((1, 1, 1), zoom=_ZOOM)
     axes.set_axis_off()
     axes.view_init(elev=20, azim=-70)
