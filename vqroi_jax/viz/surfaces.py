@@ -19,7 +19,6 @@ LEVEL = -0.9  # intensity between background, -1, and the darkest tumour
 
 _LAMP = LightSource(azdeg=225, altdeg=40)
 _COLUMNS, _PANEL, _HEAD = 6, 1.7, 0.4  # panels side by side at most; inches of a panel, and of a class's name
-_AXES = [1, 2, 0]  # of (depth, height, width), in NIfTI's order: to the left, to the back, up
 _ZOOM = 1.6  # at which a ball that touches the six sides of the box just fits a panel
 _VIEW = "all at one scale, seen from the front, a little from above and from the patient's left"
 
@@ -66,52 +65,44 @@ def surfaces(
     Raises:
         ValueError: labels or titles are not as many as volumes.
     """
-    classes: dict[str, list[tuple[np.ndarray, str]]] = {}
+    classes: dict[str, list[tuple[np.ndarray, np.ndarray, str]]] = {}
     for volume, label, title in zip(volumes, labels, titles, strict=True):
-        classes.setdefault(label, []).append((volume, title))
-    steps = tuple(spacing or (1.0, 1.0, 1.0))
-    drawn = {
-        label: [(triangulate(volume, steps, level), title) for volume, title in members]
-        for label, members in classes.items()
-    }
-    balls = {label: [_ball(vertices) for (vertices, _), _ in members] for label, members in drawn.items()}
-    radius = max(radius for members in balls.values() for _, radius in members) or 1.0
+        vertices, triangles = triangulate(volume, spacing or (1.0, 1.0, 1.0), level)
+        classes.setdefault(label, []).append((_centred(vertices), triangles, title))
+    reaches = [
+        np.linalg.norm(vertices, axis=1).max(initial=0) for members in classes.values() for vertices, *_ in members
+    ]
+    radius = float(max(reaches)) or 1.0  # of a ball that every one of them lies in, in the middle of its panel
     columns = min(_COLUMNS, max(map(len, classes.values())))
     lines = {label: -(-len(members) // columns) for label, members in classes.items()}
     height = sum(_HEAD + number * _PANEL for number in lines.values()) + 0.5
     page, top = Page(max(columns * _PANEL, 4.5) + 2 * MARGIN, height), 0.1
-    for (label, members), colour in zip(drawn.items(), itertools.cycle(COLOURS), strict=False):
+    for (label, members), colour in zip(classes.items(), itertools.cycle(COLOURS), strict=False):
         page.text(MARGIN, top + 0.25, label, TITLE)
-        for number, (((vertices, triangles), title), (centre, _)) in enumerate(zip(members, balls[label], strict=True)):
+        for number, (vertices, triangles, title) in enumerate(members):
             row, column = divmod(number, columns)
             left, upper = MARGIN + column * _PANEL, top + _HEAD + row * _PANEL
             page.text(left, upper + 0.16, title, TEXT, FAINT)
             axes = page.axes(left, upper + 0.2, _PANEL - 0.1, _PANEL - 0.25, projection='3d')
             assert isinstance(axes, Axes3D)
-            _draw(axes, vertices, triangles, centre, radius, colour)
+            _draw(axes, vertices, triangles, radius, colour)
         top += _HEAD + lines[label] * _PANEL
     page.text(MARGIN, top + 0.25, _VIEW, SMALL, FAINT)
     return page.figure
 
 
-def _ball(vertices: np.ndarray) -> tuple[np.ndarray, float]:
-    """A ball [mm] around a surface: the middle of its extent, float [3], and how far its vertices are from there."""
-    if not len(vertices):
-        return np.zeros(3), 0.0
-    centre = (vertices.min(axis=0) + vertices.max(axis=0)) / 2
-    return centre, float(np.linalg.norm(vertices - centre, axis=1).max())
+def _centred(vertices: np.ndarray) -> np.ndarray:
+    """Moves the middle of a surface's extent to 0."""
+    return vertices - (vertices.min(axis=0) + vertices.max(axis=0)) / 2 if len(vertices) else vertices
 
 
-def _draw(
-    axes: Axes3D, vertices: np.ndarray, triangles: np.ndarray, centre: np.ndarray, radius: float, colour: str
-) -> None:
-    """A surface in the middle of a panel that shows a ball of this radius [mm] as a whole."""
+def _draw(axes: Axes3D, vertices: np.ndarray, triangles: np.ndarray, radius: float, colour: str) -> None:
+    """A surface around 0, in a panel that shows a ball of this radius [mm] as a whole."""
     if len(triangles):
-        corners = vertices[triangles][..., _AXES]
+        corners = vertices[triangles][..., [1, 2, 0]]  # NIfTI's order: to the left, to the back, up
         surface = Poly3DCollection(corners, facecolors=colour, linewidths=0, shade=True, lightsource=_LAMP)
         axes.add_collection3d(surface)
-    for limit, middle in zip((axes.set_xlim, axes.set_ylim, axes.set_zlim), centre[_AXES], strict=True):
-        limit(middle - radius, middle + radius)
+    axes.set(xlim=(-radius, radius), ylim=(-radius, radius), zlim=(-radius, radius))
     axes.set_box_aspect((1, 1, 1), zoom=_ZOOM)
     axes.set_axis_off()
     axes.view_init(elev=20, azim=-70)
