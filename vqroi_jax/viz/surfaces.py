@@ -100,7 +100,14 @@ def _draw(axes: Axes3D, vertices: np.ndarray, triangles: np.ndarray, radius: flo
     """A surface around 0, in a panel that shows a ball of this radius [mm] as a whole."""
     if len(triangles):
         corners = vertices[triangles][..., [1, 2, 0]]  # NIfTI's order: to the left, to the back, up
-        surface = Poly3DCollection(corners, facecolors=colour, linewidths=0, shade=True, lightsource=_LAMP)
+        surface = Poly3DCollection(
+            corners,
+            facecolors=colour,
+            linewidths=0,
+            antialiaseds=False,  # else the back is seen through the seams between triangles
+            shade=True,
+            lightsource=_LAMP,
+        )
         axes.add_collection3d(surface)
     axes.set(xlim=(-radius, radius), ylim=(-radius, radius), zlim=(-radius, radius))
     axes.set_box_aspect((1, 1, 1), zoom=_ZOOM)
