@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from vqroi_jax.viz.page import COLOURS, FAINT, LIGHT, MARGIN, SMALL, TEXT, TITLE, Page, style
@@ -214,12 +215,12 @@ def _legend_above(axes: Axes, title: str | None = None) -> None:
     legend.get_title().set(color=LIGHT, fontsize=SMALL)
 
 
-def _ink(ground: Sequence[float]) -> str:
+def _ink(ground: ArrayLike) -> str:
     """White or black, whichever has more contrast (WCAG 2.2, at least 4.5 to 1) on a colour of RGB in [0, 1]."""
     return max(('white', 'black'), key=lambda ink: _contrast(to_rgb(ink), ground))
 
 
-def _contrast(one: Sequence[float], other: Sequence[float]) -> float:
+def _contrast(one: ArrayLike, other: ArrayLike) -> float:
     """The contrast ratio of two colours, 1 to 21, as WCAG 2.2 defines it.
 
     Args:
