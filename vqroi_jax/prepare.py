@@ -67,7 +67,7 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
 
     Raises:
         InputError: A setting or the cohort cannot be used, or the disk has no room. With `data.on_error='stop'` also
-            any faulty patient, once all have been looked at; several are printed.
+            any faulty patient, once all have been looked at; every one is printed.
     """
     _check_settings(data)
     folder = Path(folder)
@@ -104,7 +104,12 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
 
 def _prepare_in(scratch: Path, folder: Path, cohort: Cohort, data: ConfigDict, report: dict) -> None:
     """Crops, splits and stores in `scratch`, then moves the result to `folder`."""
+    told = 'left out' if data.on_error == 'skip' else 'cannot be used'
+    for problem in cohort.problems:
+        print(f'{told}: {problem}')
     crops, faults = crop_scans(cohort.scans, data, scratch / 'crops')
+    for problem in faults:
+        print(f'{told}: {problem}')
     problems = [*cohort.problems, *faults]
     _stop_on(problems, len(crops), data.on_error)
 
@@ -147,7 +152,7 @@ def cohort_table(report: Mapping) -> str:
         report: The content of `cohort.json`.
 
     Returns:
-        Patients of each class and split, tumour volumes, shapes and spacings, what was counted, and what was left out.
+        Patients of each class and split, tumour volumes, shapes and spacings, and what was counted.
     """
     scans = report['scans']
     patients = len({scan['patient'] for scan in scans})
@@ -172,7 +177,6 @@ def cohort_table(report: Mapping) -> str:
         span = f'{min(shifted):.4g} to {max(shifted):.4g}'
         lines.append(f'background not 0 ({span}), so shifted to 0: {_counted(len(shifted), "scan")}')
     lines += [f'warning: {warning}' for warning in report['warnings']]
-    lines += [f'left out: {Problem(**problem)}' for problem in report['problems']]
     return '\n'.join(lines)
 
 
@@ -276,12 +280,9 @@ def _key(settings: Mapping, cohort: Cohort) -> str:
 
 
 def _stop_on(problems: Sequence[Problem], usable: int, on_error: str) -> None:
-    """Lists faults and raises InputError if the user wants to stop on them, or nothing is left without them."""
+    """Raises InputError if there are faults and the user wants to stop on them, or nothing is left without them."""
     if problems and (on_error == 'stop' or not usable):
-        more = ''
-        if len(problems) > 1:
-            print('\n'.join(f'cannot be used: {problem}' for problem in problems))
-            more = f' (and {len(problems) - 1} more, listed above)'
+        more = f' (and {len(problems) - 1} more, listed above)' if len(problems) > 1 else ''
         remedy = (
             '; mend or remove it, or leave faulty patients out with --config.data.on_error=skip'
             if usable
