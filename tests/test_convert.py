@@ -30,6 +30,7 @@ OWN = ('transformer.', 'linear_prob_head.')  # what is not stage 1's in a stage 
 @pytest.fixture(autouse=True, scope='module')
 def pickled():
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_files, 'pytorch', lambda purpose: None)
         patch.setattr(torch_files, 'read_contents', lambda path: pickle.loads(Path(path).read_bytes()))
         patch.setattr(torch_files, 'write', lambda path, contents: Path(path).write_bytes(pickle.dumps(contents)))
         yield
@@ -327,6 +328,16 @@ def test_transformers_that_the_authors_code_does_not_have(stage2_run, tmp_path, 
     run = copy_with(stage2_run, tmp_path / 'run', field, value)
     with pytest.raises(InputError, match=told):
         convert.run(config_of('convert', run=str(run)), tmp_path / 'out')
+
+
+def test_without_pytorch_a_run_is_refused_before_anything_is_told(stage2_run, tmp_path, monkeypatch, capsys):
+    def missing(purpose):
+        raise InputError(f'PyTorch is needed to {purpose}')
+
+    monkeypatch.setattr(torch_files, 'pytorch', missing)
+    with pytest.raises(InputError, match=r'needed to write .*/out/transformer\.pth'):
+        convert.run(config_of('convert', run=str(stage2_run)), tmp_path / 'out')
+    assert not capsys.readouterr().out
 
 
 def test_several_blocks_a_level_cannot_be_written(stage1_run, tmp_path):

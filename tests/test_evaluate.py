@@ -405,6 +405,7 @@ def damage(folder, content):
         (np.full((SIDE,) * 3, np.nan, np.float32), 'HGG_2.nii.gz: it has voxels that are not finite'),
         (np.ones((SIDE, SIDE, SIDE - 1), np.float32), 'HGG/HGG_2.nii.gz has 23 x 24 x 24 voxels'),
         (b'no NIfTI', 'HGG_2.nii.gz: not a NIfTI file'),
+        (b'', 'HGG_2.nii.gz: empty file'),
     ],
 )
 def test_a_damaged_file_is_named(content, message, folders, tmp_path, capsys):

@@ -39,12 +39,14 @@ for label in generator.facts()['classes']:
     arrays[label] = generator.sample(label, n=3, seed=2**32 - 5, first=1)
     arrays[label + '_tokens'] = generator.tokens(label, n=3, seed=2**32 - 5, first=1)
 np.savez(sys.argv[2], **arrays)
-for bad in ({'label': 'GBM'}, {'label': 'HGG', 'n': 0}, {'label': 'HGG', 'seed': -1}, {'label': 'HGG', 'first': 2**32}):
+for bad in ({'label': 'GBM'}, {'label': 'HGG', 'n': 0}, {'label': 'HGG', 'seed': -1}, {'label': 'HGG', 'first': 2**32},
+    {'label': 'HGG', 'n': 1.5}):
     try:
         generator.sample(**bad)
     except ValueError as error:
         print(error)
-for bad in (np.full((1, 4, 4, 4), 32), np.full((1, 4, 4, 4), -1), np.zeros((1, 4, 4)), np.zeros((0, 4, 4, 4))):
+for bad in (np.full((1, 4, 4, 4), 32), np.full((1, 4, 4, 4), -1), np.zeros((1, 4, 4), int),
+    np.zeros((0, 4, 4, 4), int), np.full((1, 4, 4, 4), 0.5)):
     try:
         generator.decode(bad)
     except ValueError as error:
@@ -80,9 +82,11 @@ def test_draws_the_packages_samples_without_the_package(exported, tiny_transform
     )
     assert done.returncode == 0, done.stderr
     refusals = done.stdout.splitlines()
-    assert len(refusals) == 8
+    assert len(refusals) == 10
     assert refusals[0].startswith("class 'GBM' is unknown; there are ")
-    assert set(refusals[4:]) == {'expected tokens from 0 to 31 of shape (n, *(4, 4, 4))'}
+    assert refusals[4] == 'n=1.5: a whole number is expected'
+    told = 'expected tokens as whole numbers from 0 to 31, shape (n, 4, 4, 4) with n from 1'
+    assert refusals[5:] == [told] * 5
     drawn = np.load(tmp_path / 'drawn.npz')
     trained = load_transformer(tiny_transformer)
     sampler = trained.sampler(settings(trained), 2**32 - 5, partitioning.make_mesh({'data': 1}))

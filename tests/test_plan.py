@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import runpy
 import shutil
 
@@ -206,10 +207,27 @@ def test_the_report_says_what_fits_and_what_does_not():
     assert '3.5' in text
     assert '90 (too much)' in text
     assert 'remat none: up to 6 a chip fit, a batch of 6; about 1 GiB and 0.5 GiB for each of them' in text
-    assert 'step, remat none, 6 a chip: all-reduce over 2 device(s), 3 times, 8 MB' in text
+    assert 'step, remat none, 6 a chip: all-reduce over 2 devices, 3 times, 8 MB' in text
     assert 'Up to 2 loop(s)' in text
     assert "those of the CPU's program" in text
-    assert len(plan.draw(found).axes) == 2
+    assert '  GiB in all  ' in text
+    figure = plan.draw(found)
+    assert figure.axes[0].get_xlabel() == 'GiB of memory'
+    assert len(figure.axes) == 2
+
+
+def test_what_is_small_is_told_in_mib(tmp_path):
+    made = planner.Planner(tiny_config('transformer'), find_target('cpu'), tmp_path)
+    small = planner.Compiled('step', 'none', 1, True, {'arguments': 2 * 2**20, 'temporaries': 3 * 2**20}, Cost(), 1.0)
+    found = plan.describe(made, [small], [])
+    lines = plan.report(found).splitlines()
+    assert ': 1 device with ' in lines[0]
+    cells = dict(zip(*(re.split(' {2,}', line.strip()) for line in lines[1:3]), strict=True))
+    assert (cells['arguments'], cells['temporaries'], cells['MiB in all']) == ('2', '3', '5')
+    figure = plan.draw(found)
+    assert figure.axes[0].get_xlabel() == 'MiB of memory'
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [2, 3]
+    assert figure.texts[0].get_text().endswith(': 1 device')
 
 
 def test_what_the_compiler_refuses_for_its_size_is_read_from_its_message():

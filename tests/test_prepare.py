@@ -217,9 +217,19 @@ def test_with_skip_the_others_go_on_and_the_faults_are_reported(cohort, tmp_path
     assert {name: len(ids) for name, ids in prepared.splits.items()} == {'train': 4, 'val': 2, 'test': 2}
     lines = capsys.readouterr().out.splitlines()
     assert [line[:21] for line in lines if line.startswith('left out')] == [f'left out: patient P0{n}' for n in (1, 4)]
+    assert sum('P04_flair.nii.gz: truncated' in line for line in lines) == 1
     # What was prepared with faults skipped does not pass for a cohort without any.
     with pytest.raises(InputError, match='2 of 10 scans'):
         prepare.prepare(settings(cohort), tmp_path / 'out')
+
+
+def test_one_is_told_in_the_singular(good_cohort, tmp_path, capsys):
+    report = prepare.prepare(settings(good_cohort), tmp_path / 'out').report
+    scan = {**report['scans'][0], 'counts': dict.fromkeys(report['scans'][0]['counts'], 1)}
+    table = prepare.cohort_table({**report, 'scans': [scan]})
+    assert ': 1 patient, 1 scan\n' in table
+    assert '(1 scan)\n' in table
+    assert ': 1 voxel in 1 scan\n' in table
 
 
 def test_when_no_scan_is_left_skipping_does_not_help(tmp_path):

@@ -73,16 +73,27 @@ def test_other_files_are_refused(tmp_path, content):
         torch_files.read(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
-    pytest.importorskip('torch', reason='PyTorch (extra convert) reads these files')
+def test_how_to_let_a_file_run_code_is_not_told(tmp_path):
+    torch = pytest.importorskip('torch', reason='PyTorch (extra convert) reads these files')
+    torch.save(Unsafe(), tmp_path / 'w.pth')
+    with pytest.raises(InputError, match=r'w\.pth is not a file of tensors that PyTorch has saved$'):
+        torch_files.read(tmp_path / 'w.pth')
+
+
+def test_a_missing_file_is_named_without_pytorch_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch', None)
     with pytest.raises(InputError, match=r'no weights file .*none\.pth'):
         torch_files.read(tmp_path / 'none.pth')
 
 
 def test_without_pytorch_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch', None)
-    with pytest.raises(InputError, match=r'vqroi_jax\[convert\]'):
-        torch_files.read(tmp_path / 'w.pth')
+    path = tmp_path / 'w.pth'
+    path.touch()
+    with pytest.raises(InputError, match=r'^PyTorch is needed to read .*/w\.pth: pip install "vqroi_jax\[convert\]"$'):
+        torch_files.read(path)
+    with pytest.raises(InputError, match=r'^PyTorch is needed to write .*/w\.pth: pip install'):
+        torch_files.write(path, ARRAYS)
 
 
 @pytest.mark.parametrize(

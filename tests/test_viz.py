@@ -7,12 +7,14 @@ import nibabel
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from vqroi_jax import viz
 from vqroi_jax.masking import Role
+from vqroi_jax.viz.charts import _contrast
 from vqroi_jax.viz.rois import _to_voxels
 
 REAL = Path(__file__).parents[2] / 'shared/real_cohort/LGG/TCGA-DU-7294/TCGA-DU-7294_flair.nii.gz'
@@ -252,6 +254,15 @@ def test_distributions_compare_real_with_synthetic_class_by_class():
     assert distances[1:] == ['KS distance 0.00', 'KS distance 1.00']
 
 
+def test_shares_end_at_100_and_large_medians_are_plain():
+    figure = viz.distributions({'a': [2143.0] * 3}, {'a': [1.0, 0.5, 999.9]}, 'tumour volume [mm³]')
+    (axes,) = figure.axes
+    assert axes.get_ylim()[1] > 100  # the legend's room
+    assert axes.get_yticks().max() == 100
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == ['real: 3, median 2140', 'synthetic: 3, median 1']
+
+
 def test_intensities_are_steps_in_per_cent():
     shares = {'LGG': np.array([0.1, 0.2, 0.3, 0.4]), 'HGG': np.array([0, 0, 0.5, 0.5])}
     figure = viz.intensities(shares, {'LGG': shares['HGG'], 'HGG': shares['LGG']})
@@ -292,7 +303,18 @@ def test_curves_pair_training_with_validation():
     assert lines == {'train': [[1, 0.5], [2, 0.4]], 'val': [[2, 0.6]], 'val HGG': [[2, 0.7]]}
     assert loss.get_lines()[0].get_xydata().tolist() == [[1, 2.0]]
     assert len(viz.curves(rows, ['l1']).axes) == 1
+    for axes in figure.axes:
+        assert all(tick == int(tick) for tick in axes.get_xticks())
     assert not viz.curves([]).axes
+
+
+def test_a_series_has_one_colour_in_all_panels():
+    rows = [{'step': 1, 'l1': 0.5, 'val/l1': 0.6, 'val/l1/HGG': 0.7, 'val/psnr/HGG': 20.0, 'val/psnr': 21.0}]
+    first, second = (
+        {line.get_label(): line.get_color() for line in axes.get_lines()} for axes in viz.curves(rows).axes
+    )
+    assert len(set(first.values())) == 3
+    assert second == {name: first[name] for name in ('val', 'val HGG')}
 
 
 def test_inputs_of_unequal_number_are_refused():
@@ -362,6 +384,18 @@ def test_confusion_writes_every_count_where_it_belongs():
         np.testing.assert_allclose(axes.images[0].get_array(), matrix / matrix.sum(axis=1, keepdims=True))
 
 
+def test_figures_of_a_confusion_matrix_can_be_read_on_any_ground():
+    assert _contrast((0, 0, 0), (1, 1, 1)) == pytest.approx(21)
+    assert _contrast(to_rgb('#777777'), (1, 1, 1)) == pytest.approx(4.48, abs=0.01)  # known of WCAG
+    matrices = {str(n): np.array([[n, 20 - n], [0, 20]]) for n in range(21)}
+    for axes in viz.confusion(matrices, ('LGG', 'HGG')).axes:
+        (image,) = axes.images
+        for text in axes.texts:
+            column, row = text.get_position()
+            ground = image.to_rgba(image.get_array())[row, column, :3]
+            assert _contrast(to_rgb(text.get_color()), ground) >= 4.5
+
+
 def ball(radius, side=24):
     """A ball of tumour, soft at its border, in a box of background."""
     places = np.stack(np.meshgrid(*[np.arange(side) - (side - 1) / 2] * 3, indexing='ij'))
@@ -402,3 +436,25 @@ def test_surfaces_are_drawn_class_by_class():
     assert len(colours) > 1
     with pytest.raises(ValueError, match='zip'):
         viz.surfaces(volumes, ['LGG'], ['a', 'b', 'c'])
+
+
+def test_surfaces_are_whole_and_at_one_scale():
+    """Tumours that fill their box, small ones in a corner, long ones along each axis and diagonal: none is cut off."""
+    volumes = np.full((7, 16, 16, 16), -1.0, np.float32)
+    volumes[0] = 1
+    volumes[1, :3, :2, :2] = 1
+    volumes[2, :, 7:9, 7:9] = volumes[3, 7:9, :, 7:9] = volumes[4, 7:9, 7:9, :] = 1
+    steps = np.arange(16)
+    volumes[5, steps, steps, steps] = volumes[6, steps, steps, 15 - steps] = 1
+    names = [str(number) for number in range(len(volumes))]
+    figure = viz.surfaces(volumes, ['a'] * 3 + ['b'] * 4, names, (2.0, 1.0, 1.0))
+    FigureCanvasAgg(figure).draw()
+    spans = []
+    for axes in figure.axes:
+        drawn = np.concatenate([path.vertices for path in axes.collections[0].get_paths()])  # as projected
+        on_panel = axes.transAxes.inverted().transform(axes.transData.transform(drawn))
+        assert (on_panel > 0).all()
+        assert (on_panel < 1).all()
+        spans.append(np.ptp([axes.get_xlim(), axes.get_ylim(), axes.get_zlim()], axis=1))
+    assert np.ptp(on_panel, axis=0).max() > 0.3
+    np.testing.assert_allclose(spans, spans[0][0])

@@ -245,3 +245,12 @@ def test_compiled_programs_alone_are_no_run(tmp_path):
     with pytest.raises(InputError), open_workdir(tmp_path, make_config()):
         raise InputError('a setting')
     assert not (tmp_path / 'config.json').exists()
+
+
+def test_what_holds_no_run_is_named(tmp_path, monkeypatch):
+    (tmp_path / 'README.md').touch()
+    with pytest.raises(InputError, match=r'/README\.md holds no run: it is a file, not a folder'):
+        read_config(tmp_path / 'README.md')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf'^{tmp_path} holds no run: {tmp_path}/config\.json is missing'):
+        read_config('')

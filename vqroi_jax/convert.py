@@ -334,9 +334,13 @@ def write(config: ConfigDict, folder: Path) -> None:
         folder: to write to.
 
     Raises:
-        InputError: there is no such run, or the authors' code has no such network.
+        InputError: there is no such run, PyTorch is not installed, or the authors' code has no such network.
     """
     task = read_config(Path(config.run).expanduser()).task
+    if task not in ('vqgan', 'transformer'):
+        raise InputError(f'--config.run={config.run} is neither a run of stage 1 nor of stage 2: its task is {task!r}')
+    path = folder / f'{task}.pth'
+    torch_files.pytorch(f'write {path}')
     trained: TrainedVQGAN | TrainedTransformer
     if task == 'vqgan':
         trained = load_vqgan(config.run, config.checkpoint)
@@ -347,7 +351,7 @@ def write(config: ConfigDict, folder: Path) -> None:
             contents.setdefault(network, {})[rest] = array
         contents |= others
         untold = _untold(trained)
-    elif task == 'transformer':
+    else:
         trained = load_transformer(config.run, config.checkpoint, config.vqgan_workdir)
         contents = release.rename(_stage1_tensors(trained.vqgan)[0], release.NETWORKS) | _stage2_tensors(trained)
         heads = trained.model.heads
@@ -358,9 +362,6 @@ def write(config: ConfigDict, folder: Path) -> None:
         )
         if heads != release.HEADS:
             untold.append(f'{heads} heads (--config.transformer.model.heads={heads})')
-    else:
-        raise InputError(f'--config.run={config.run} is neither a run of stage 1 nor of stage 2: its task is {task!r}')
-    path = folder / f'{task}.pth'
     torch_files.write(path, contents)
     print(f'{path} has step {trained.step} of {trained.workdir}')
     if untold:

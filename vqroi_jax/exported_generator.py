@@ -40,7 +40,7 @@ def sample(label: str, n: int = 1, seed: int = 0, first: int = 0) -> np.ndarray:
         float32 `[n, D, H, W]` in (-1, 1).
 
     Raises:
-        ValueError: an unknown class, or a number out of range.
+        ValueError: an unknown class, or a number that is not whole or out of range.
     """
     return decode(tokens(label, n, seed, first))
 
@@ -50,6 +50,9 @@ def tokens(label: str, n: int = 1, seed: int = 0, first: int = 0) -> np.ndarray:
     known = facts()
     if label not in known['classes']:
         raise ValueError(f'class {label!r} is unknown; there are {", ".join(known["classes"])}')
+    for name, value in (('n', n), ('seed', seed), ('first', first)):
+        if not isinstance(value, int | np.integer):
+            raise ValueError(f'{name}={value!r}: a whole number is expected')
     if n < 1 or not 0 <= seed < 2**32 or not 0 <= first <= 2**32 - n:
         raise ValueError(f'n={n}, seed={seed}, first={first}: n from 1, the others from 0, all below 2**32')
     number, rows = np.uint32(known['classes'].index(label)), known['rows']
@@ -72,11 +75,15 @@ def decode(grids: np.ndarray) -> np.ndarray:
         float32 `[n, D, H, W]` in (-1, 1).
 
     Raises:
-        ValueError: another shape, or tokens that there are not.
+        ValueError: another shape, numbers that are not of a type of whole ones, or tokens that there are not.
     """
-    known, grids = facts(), np.asarray(grids, np.int32)
-    if grids.shape[1:] != tuple(known['grid']) or not len(grids) or grids.min() < 0 or grids.max() >= known['codes']:
-        raise ValueError(f'expected tokens from 0 to {known["codes"] - 1} of shape (n, *{tuple(known["grid"])})')
+    known, grids = facts(), np.asarray(grids)
+    sides, codes = known['grid'], known['codes']
+    fits = grids.dtype.kind in 'iu' and len(grids.shape) == 4 and grids.shape[1:] == tuple(sides) and len(grids)
+    if not fits or grids.min() < 0 or grids.max() >= codes:
+        shape = ', '.join(map(str, ('n', *sides)))
+        raise ValueError(f'expected tokens as whole numbers from 0 to {codes - 1}, shape ({shape}) with n from 1')
+    grids = grids.astype(np.int32)
     return np.stack([np.asarray(_program('decode')(_weights('decode'), grid)) for grid in grids])
 
 

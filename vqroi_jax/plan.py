@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from vqroi_jax import hlo, viz
 from vqroi_jax.errors import InputError
 from vqroi_jax.planner import REMATS, Compiled, Planner, Search
-from vqroi_jax.targets import GIB, Chip, find_target
+from vqroi_jax.targets import GIB, MIB, Chip, find_target
 from vqroi_jax.training.durations import to_steps
 from vqroi_jax.workdir import open_workdir, write_atomically
 
@@ -154,8 +154,8 @@ def report(plan: dict[str, Any]) -> str:
     """The plan as text: a table of what was compiled, what fits, and what chips exchange."""
     chip, rows = plan['chip'], plan['compiled']
     lines = [
-        f'{plan["stage"]} in {plan["dtype"]} on {plan["target"]}: {plan["chips"]} device(s), each with '
-        f'{plan["memory"] / GIB:.3g} GiB of memory'
+        f'{plan["stage"]} in {plan["dtype"]} on {plan["target"]}: {_devices(plan["chips"])}'
+        f'{", each" if plan["chips"] > 1 else ""} with {plan["memory"] / GIB:.3g} GiB of memory'
     ]
     if chip:
         lines.append(
@@ -163,12 +163,14 @@ def report(plan: dict[str, Any]) -> str:
             f'{chip["links"] / 1e9:.0f} GB/s to other chips ({chip["source"]}).'
         )
     columns = [name for name in _COLUMNS if chip or name not in _NEED_A_CHIP]
-    table = [columns, *([_cells(row)[name] for name in columns] for row in rows)]
+    size, unit = _unit(rows)
+    titles = [f'{unit} in all' if name == 'in all' else name for name in columns]
+    table = [titles, *([_cells(row, size)[name] for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines += ['  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-    lines += [_search_line(one, plan['groups']) for one in plan['search']]
+    lines += [_search_line(one, plan['groups'], size, unit) for one in plan['search']]
     lines += [
-        f'{_name(row)}: {one["kind"]} over {one["group"]} device(s), {one["count"]} times, {one["size"] / 1e6:.3g} MB'
+        f'{_name(row)}: {one["kind"]} over {_devices(one["group"])}, {one["count"]} times, {one["size"] / 1e6:.3g} MB'
         for row in rows
         for one in row['cost']['collectives']
     ]
@@ -187,7 +189,7 @@ def report(plan: dict[str, Any]) -> str:
 
 
 _COLUMNS = (
-    'program', 'remat', 'a chip', 'batch', 'arguments', 'temporaries', 'other', 'GiB in all', 'TFLOP', 'GB moved',
+    'program', 'remat', 'a chip', 'batch', 'arguments', 'temporaries', 'other', 'in all', 'TFLOP', 'GB moved',
     'MB sent', 'least s', 'bound by', 'estimated s', 'least days', 'estimated days',
 )  # fmt: skip
 _NEED_A_CHIP = ('least s', 'bound by', 'estimated s', 'least days', 'estimated days')
@@ -198,14 +200,23 @@ def _name(row: dict[str, Any]) -> str:
     return ', '.join(filter(None, (row['program'], remat, f'{row["rows"]} a chip')))
 
 
-def _cells(row: dict[str, Any]) -> dict[str, str]:
-    """A compilation as the table has it: texts by column."""
+def _devices(number: int) -> str:
+    return '1 device' if number == 1 else f'{number} devices'
+
+
+def _unit(rows: list[dict[str, Any]]) -> tuple[float, str]:
+    """Bytes and name of the unit that memory is told in: GiB, or MiB if no compilation needs one GiB."""
+    return (GIB, 'GiB') if max(row['total'] for row in rows) >= GIB else (MIB, 'MiB')
+
+
+def _cells(row: dict[str, Any], size: float) -> dict[str, str]:
+    """A compilation as the table has it, memory in units of `size` bytes: texts by column."""
     cells = dict.fromkeys(_COLUMNS, '') | {
         'program': row['program'],
         'remat': row['remat'] or '-',
         'a chip': str(row['rows']),
         'batch': str(row['batch_size']),
-        'GiB in all': f'{row["total"] / GIB:.3g}' + ('' if row['fits'] else ' (too much)'),
+        'in all': f'{row["total"] / size:.3g}' + ('' if row['fits'] else ' (too much)'),
     }
     if not row['fits']:
         return cells
@@ -213,9 +224,9 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     rest = row['total'] - memory['arguments'] - memory['temporaries']
     sent = sum(hlo.Collective(**one).sent for one in cost['collectives'])
     cells |= {
-        'arguments': f'{memory["arguments"] / GIB:.3g}',
-        'temporaries': f'{memory["temporaries"] / GIB:.3g}',
-        'other': f'{rest / GIB:.3g}',
+        'arguments': f'{memory["arguments"] / size:.3g}',
+        'temporaries': f'{memory["temporaries"] / size:.3g}',
+        'other': f'{rest / size:.3g}',
         'TFLOP': f'{cost["flops"] / 1e12:.3g}',
         'GB moved': f'{cost["bytes"] / 1e9:.3g}',
         'MB sent': f'{sent / 1e6:.3g}',
@@ -232,10 +243,10 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     return cells
 
 
-def _search_line(one: dict[str, Any], groups: int) -> str:
+def _search_line(one: dict[str, Any], groups: int, size: float, unit: str) -> str:
     """What the search for the largest batch has found."""
     kind = f'remat {one["remat"]}: ' if one['remat'] else ''
-    line = f'{one["fixed"] / GIB:.3g} GiB and {one["each"] / GIB:.3g} GiB for each of them'
+    line = f'{one["fixed"] / size:.3g} {unit} and {one["each"] / size:.3g} {unit} for each of them'
     if not one['largest']:
         return f'{kind}not even one a chip fits'
     end = ', as many as there are' if one['capped'] else ''
@@ -245,22 +256,25 @@ def _search_line(one: dict[str, Any], groups: int) -> str:
 def draw(plan: dict[str, Any]) -> Figure:
     """Memory by kind, and the least times, of all that was compiled."""
     rows = plan['compiled']
+    size, unit = _unit(rows)
     kinds = ('arguments', 'temporaries', 'other')
     memory: dict[str, list[float]] = {kind: [] for kind in (*kinds, 'does not fit')}
     for row in rows:
         parts = {kind: row['memory'].get(kind, 0.0) for kind in kinds[:2]}
         rest = row['total'] - sum(parts.values())
         parts |= {'other': rest, 'does not fit': 0.0} if row['fits'] else {'other': 0.0, 'does not fit': rest}
-        for kind, size in parts.items():
-            memory[kind].append(size / GIB)
+        for kind, part in parts.items():
+            memory[kind].append(part / size)
     seconds = {
         label: [row.get('least_seconds', {}).get(part, 0.0) for row in rows]
         for part, label in (('products', 'products'), ('memory', 'memory traffic'), ('links', 'exchanges'))
     }
+    devices = f'one of {plan["chips"]} devices' if plan['chips'] > 1 else '1 device'
     return viz.plan(
-        f'{plan["stage"]} in {plan["dtype"]} on {plan["target"]}: one of {plan["chips"]} device(s)',
+        f'{plan["stage"]} in {plan["dtype"]} on {plan["target"]}: {devices}',
         [_name(row) for row in rows],
         memory,
-        plan['memory'] / GIB,
+        plan['memory'] / size,
+        unit,
         seconds if plan['chip'] else {},
     )

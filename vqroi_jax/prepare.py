@@ -83,7 +83,7 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
     if is_prepared(folder):
         prepared = open_cohort(folder)
         if prepared.report['key'] == key and (data.on_error == 'skip' or not prepared.report['problems']):
-            print(f'Using the ROIs of {len(prepared.scans)} scans prepared in {folder}.')
+            print(f'Using the ROIs of {_counted(len(prepared.scans), "scan")} prepared in {folder}.')
             return prepared
         what = 'files' if prepared.report['settings'] == settings else 'settings'
         print(f'The {what} of the cohort are not those that {folder} was prepared with; preparing it again.')
@@ -104,11 +104,12 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
 
 def _prepare_in(scratch: Path, folder: Path, cohort: Cohort, data: ConfigDict, report: dict) -> None:
     """Crops, splits and stores in `scratch`, then moves the result to `folder`."""
+    told = 'left out' if data.on_error == 'skip' else 'cannot be used'
     for problem in cohort.problems:
-        print(f'cannot be used: {problem}')
+        print(f'{told}: {problem}')
     crops, faults = crop_scans(cohort.scans, data, scratch / 'crops')
     for problem in faults:
-        print(f'cannot be used: {problem}')
+        print(f'{told}: {problem}')
     problems = [*cohort.problems, *faults]
     _stop_on(problems, len(crops), data.on_error)
 
@@ -151,28 +152,36 @@ def cohort_table(report: Mapping) -> str:
         report: The content of `cohort.json`.
 
     Returns:
-        Patients of each class and split, tumour volumes, shapes and spacings, what was counted, and what was left out.
+        Patients of each class and split, tumour volumes, shapes and spacings, and what was counted.
     """
     scans = report['scans']
     patients = len({scan['patient'] for scan in scans})
     kind = f'layout {report["layout"]}' + (', with SYNTHETIC phantoms' if report['synthetic'] else '')
-    lines = [f'{report["path"]} ({kind}): {patients} patients, {len(scans)} scans', '', *_class_lines(report), '']
+    lines = [
+        f'{report["path"]} ({kind}): {_counted(patients, "patient")}, {_counted(len(scans), "scan")}',
+        '',
+        *_class_lines(report),
+        '',
+    ]
     for title, field, form in (('voxels', 'shape', 'd'), ('spacing, mm', 'spacing', 'g')):
         found = Counter(' x '.join(f'{side:{form}}' for side in scan[field]) for scan in scans)
-        shown = [f'{value} ({count} scans)' for value, count in found.most_common(4)]
-        rest = [f'{len(found) - 4} others'] if len(found) > 4 else []
+        shown = [f'{value} ({_counted(count, "scan")})' for value, count in found.most_common(4)]
+        rest = [_counted(len(found) - 4, 'other')] if len(found) > 4 else []
         lines.append(f'{title} (depth, height, width): {", ".join(shown + rest)}')
     lines.append(f'ROI: {" x ".join(map(str, report["roi_size"]))} voxels (depth, height, width)')
     for name, meaning in _COUNTS.items():
         of_scans = [scan['counts'][name] for scan in scans if scan['counts'][name]]
         if of_scans:
-            lines.append(f'{meaning}: {sum(of_scans)} voxels in {len(of_scans)} scans')
+            lines.append(f'{meaning}: {_counted(sum(of_scans), "voxel")} in {_counted(len(of_scans), "scan")}')
     if shifted := [scan['background'] for scan in scans if scan['background']]:
         span = f'{min(shifted):.4g} to {max(shifted):.4g}'
-        lines.append(f'background not 0 ({span}), so shifted to 0: {len(shifted)} scans')
+        lines.append(f'background not 0 ({span}), so shifted to 0: {_counted(len(shifted), "scan")}')
     lines += [f'warning: {warning}' for warning in report['warnings']]
-    lines += [f'left out: {Problem(**problem)}' for problem in report['problems']]
     return '\n'.join(lines)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
 
 
 def _class_lines(report: Mapping) -> list[str]:
@@ -225,7 +234,7 @@ def _open_as_asked(data: ConfigDict) -> PreparedCohort:
         if name not in ('path', 'classes', 'phantom') and there[name] != value
     ]
     print(
-        f'Using the ROIs of {len(prepared.scans)} scans prepared in {data.path}'
+        f'Using the ROIs of {_counted(len(prepared.scans), "scan")} prepared in {data.path}'
         + (' (with SYNTHETIC phantoms)' if prepared.report['synthetic'] else '')
         + (f', as they are there: {", ".join(differ)}.' if differ else '.')
     )

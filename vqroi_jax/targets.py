@@ -16,7 +16,7 @@ from jax.experimental import topologies
 
 from vqroi_jax.errors import InputError
 
-GB, GIB = 1e9, 2.0**30
+GB, MIB, GIB = 1e9, 2.0**20, 2.0**30
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,8 +30,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         InputError: no such file, not a file of that kind, or PyTorch is not installed.
     """
-    torch = _torch(path)
-    stored = _load(torch, path)
+    torch, stored = _load(path)
     if isinstance(stored, Mapping) and isinstance(stored.get('state_dict'), Mapping):
         stored = stored['state_dict']
     if not isinstance(stored, Mapping) or not stored or not all(map(torch.is_tensor, stored.values())):
@@ -55,9 +54,9 @@ def read_contents(path: str | Path) -> Any:
     Raises:
         InputError: as `read`, or a tensor has a dtype that NumPy lacks.
     """
-    torch = _torch(path)
+    torch, contents = _load(path)
     try:
-        return _map(lambda value: value.detach().numpy() if torch.is_tensor(value) else value, _load(torch, path))
+        return _map(lambda value: value.detach().numpy() if torch.is_tensor(value) else value, contents)
     except (TypeError, RuntimeError) as error:
         raise InputError(f'{path} has tensors that cannot be read as they are: {error}') from None
 
@@ -72,7 +71,7 @@ def write(path: str | Path, contents: Any) -> None:
     Raises:
         InputError: PyTorch is not installed, or the disk has no room.
     """
-    torch, path, sizes = _torch(path), Path(path), []
+    torch, path, sizes = pytorch(f'write {path}'), Path(path), []
 
     def as_tensor(value: Any) -> Any:
         if not isinstance(value, np.ndarray):
@@ -113,23 +112,35 @@ def check(
         raise InputError(f'{path} does not fit {network}: {"; ".join(faults[:_SHOWN])}{more}')
 
 
-def _torch(path: str | Path) -> Any:
-    """The module, imported when it is needed: it takes seconds, and most commands do without."""
+def pytorch(purpose: str) -> Any:
+    """The module, imported when it is needed: it takes seconds, and most commands do without.
+
+    Args:
+        purpose: what it is needed to do, for the message, such as 'read w.pth'.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         import torch
     except ImportError:
-        raise InputError(f'{path} is a file of PyTorch; to use it, pip install "vqroi_jax[convert]"') from None
+        raise InputError(f'PyTorch is needed to {purpose}: pip install "vqroi_jax[convert]"') from None
     return torch
 
 
-def _load(torch: Any, path: str | Path) -> Any:
+def _load(path: str | Path) -> tuple[Any, Any]:
+    """PyTorch, and what it reads of a file."""
     if not Path(path).is_file():
         raise InputError(f'there is no weights file {path}')
+    torch = pytorch(f'read {path}')
+    refusal = f'{path} is not a file of tensors that PyTorch has saved'
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        return torch, torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError:  # its text says how to let the file run code
+        raise InputError(refusal) from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f'{path} is not a file of tensors that PyTorch has saved: {reason}') from None
+        raise InputError(f'{refusal}: {reason}') from None
 
 
 def _map(function: Callable[[Any], Any], contents: Any) -> Any:

@@ -86,11 +86,12 @@ def read_config(workdir: str | Path) -> ConfigDict:
     Raises:
         InputError: there is no run in that folder, or its config.json is damaged.
     """
-    path = Path(workdir) / CONFIG_FILE
+    path = Path(workdir).absolute() / CONFIG_FILE  # so that a message says where, also if the path is empty
     try:
         plain = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise InputError(f'{workdir} holds no run: {path} is missing') from None
+    except (FileNotFoundError, NotADirectoryError):
+        missing = f'it is a file, not a folder with a {CONFIG_FILE}' if path.parent.is_file() else f'{path} is missing'
+        raise InputError(f'{path.parent} holds no run: {missing}') from None
     except ValueError as error:
         raise InputError(f'{path} is damaged ({error}); restore it, or use another workdir') from None
     return ConfigDict(_tuples(plain)).lock()

@@ -435,7 +435,7 @@ FAULTS = [
     (flipped_bit, 'image', 'truncated or damaged gzip'),
     (truncated_plain, 'image', 'truncated or damaged NIfTI'),
     (no_nifti, 'image', 'not a NIfTI'),
-    (empty_file, 'image', 'not a NIfTI'),
+    (empty_file, 'image', 'empty file'),
     (bad_dtype_code, 'image', 'truncated or damaged NIfTI'),
     (huge_dimensions, 'image', r'truncated or damaged NIfTI file \(\d+ bytes expected, \d+ there'),
     (no_slices, 'image', r'three axes is needed, this has shape \(20, 24, 0\)'),
@@ -453,7 +453,11 @@ FAULTS = [
     (with_label(-1, np.int16), 'mask', 'unknown label -1'),
     (with_label(np.nan, np.float32), 'mask', 'unknown label nan'),
     (rewrite(image=np.zeros_like), 'image', 'constant: every voxel in its box is 0'),
-    (rewrite(image=lambda brain: np.where(brain, np.nan, 0).astype(np.float32)), 'image', 'constant'),
+    (
+        rewrite(image=lambda brain: np.where(brain, np.nan, 0).astype(np.float32)),
+        'image',
+        'every voxel .* not a number',
+    ),
     (rewrite(image=lambda brain: -brain), 'image', 'constant'),  # all below the background
     (full_box(300), 'image', 'constant: every voxel in its box is 300'),
 ]

@@ -59,6 +59,11 @@ def test_mesh_that_does_not_fit_is_refused(devices, axis):
         partitioning.make_mesh({axis: devices})
 
 
+def test_a_device_alone_is_told_in_the_singular():
+    with pytest.raises(InputError, match=r'config.mesh.data=2: there is one cpu device; set it to 1$'):
+        partitioning.make_mesh({'data': 2}, jax.devices()[:1])
+
+
 def test_mesh_whose_axes_do_not_fit_together_is_refused():
     with pytest.raises(InputError, match=r'config.mesh.model=9: there are 8 cpu devices'):
         partitioning.make_mesh({'data': -1, 'model': 9})

@@ -211,7 +211,7 @@ def read_roi(scan: Scan, data: ml_collections.ConfigDict) -> Roi:
     Raises:
         PatientError: a file is missing, truncated or no NIfTI; image and mask differ in shape or place; the mask
             is empty or has a label that is not known; the tumour is larger than the box (unless `data.oversize`
-            is 'crop'); the box has one intensity.
+            is 'crop'); the tumour has no finite voxel, or the box has one intensity.
     """
     image, mask_image = _open(scan, scan.image), _open(scan, scan.mask)
     _check_same_grid(scan, image, mask_image)
@@ -236,6 +236,8 @@ def read_roi(scan: Scan, data: ml_collections.ConfigDict) -> Roi:
     dtype = np.dtype(np.float32 if exact else np.float64)
     values = np.where(finite, values.astype(dtype) - background, 0)  # of the tumour's voxels in the box
     high = float(values.max(initial=0))
+    if not finite.any():
+        raise PatientError(scan.id, scan.image, 'every voxel of the tumour is not a number (NaN) or infinite')
     if high == 0 or (inside.all() and values.min() == high):
         value = high + background
         raise PatientError(scan.id, scan.image, f'the ROI is constant: every voxel in its box is {value:g}')
@@ -281,6 +283,8 @@ def _open(scan: Scan, path: Path) -> _Nifti:
         raise PatientError(scan.id, path, 'missing file') from error
     except OSError as error:
         raise PatientError(scan.id, path, f'cannot be read ({error.strerror})') from error
+    if not content:
+        raise PatientError(scan.id, path, 'empty file; copy it again')
     if content[:2] == b'\x1f\x8b':
         try:
             content = gzip.decompress(content)

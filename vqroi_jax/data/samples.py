@@ -55,10 +55,13 @@ def load_nifti(path: str | Path, name: str) -> nibabel.Nifti1Image:
         name: what messages call it, such as 'config.reference=PATH'.
 
     Raises:
-        InputError: there is no such file, it is no NIfTI file, or its affine is none.
+        InputError: there is no such file, it is empty or no NIfTI file, or its affine is none.
     """
+    path = Path(path).expanduser()
+    if path.is_file() and not path.stat().st_size:
+        raise InputError(f'{name}: empty file')
     try:
-        image = nibabel.load(Path(path).expanduser())
+        image = nibabel.load(path)
     except FileNotFoundError:
         raise InputError(f'{name}: there is no such file') from None
     except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, *_UNREADABLE) as error:

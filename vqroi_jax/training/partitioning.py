@@ -43,7 +43,8 @@ def make_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None 
     devices = sorted(
         jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
     )
-    there = f'there are {len(devices)} {devices[0].platform} devices'
+    kind = devices[0].platform
+    there = f'there is one {kind} device' if len(devices) == 1 else f'there are {len(devices)} {kind} devices'
     sizes = {**dict.fromkeys(AXES, 1), **settings}
     filling = [axis for axis in AXES if sizes[axis] == -1]
     if len(filling) > 1:
@@ -54,8 +55,8 @@ def make_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None 
     for axis in [axis for axis in reversed(AXES) if axis not in filling]:
         if not 1 <= sizes[axis] <= left:
             raise InputError(
-                f'config.mesh.{axis}={sizes[axis]}: {there}{inner}; set it between 1 and {left}, or one axis to -1 for '
-                'all that are left'
+                f'config.mesh.{axis}={sizes[axis]}: {there}{inner}; set it '
+                + (f'between 1 and {left}, or one axis to -1 for all that are left' if left > 1 else 'to 1')
             )
         left //= sizes[axis]
         inner += f', {sizes[axis]} along {axis}' if sizes[axis] > 1 else ''

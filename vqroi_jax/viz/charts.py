@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 from scipy import stats
 
-from vqroi_jax.viz.page import COLOURS, DARK, FAINT, LIGHT, MARGIN, SMALL, TEXT, TITLE, Page, style
+from vqroi_jax.viz.page import COLOURS, FAINT, LIGHT, MARGIN, SMALL, TEXT, TITLE, Page, style
 
 
 def distributions(real: Mapping[str, Sequence[float]], made: Mapping[str, Sequence[float]], quantity: str) -> Figure:
@@ -29,7 +32,8 @@ def distributions(real: Mapping[str, Sequence[float]], made: Mapping[str, Sequen
         distance = stats.ks_2samp(values, made[label]).statistic
         for name, part, colour in (('real', values, COLOURS[1]), ('synthetic', made[label], COLOURS[0])):
             weights = np.full(len(part), 100 / len(part))
-            text = f'{name}: {len(part)}, median {np.median(part):.3g}'
+            median = np.format_float_positional(float(np.median(part)), precision=3, fractional=False, trim='-')
+            text = f'{name}: {len(part)}, median {median}'
             axes.hist(part, edges, weights=weights, color=colour, alpha=0.3)
             axes.hist(part, edges, weights=weights, color=colour, histtype='step', linewidth=1.5, label=text)
         axes.set_xlim(edges[0], edges[-1])
@@ -90,9 +94,9 @@ def confusion(counts: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figur
         axes = page.axes(1.0 + (side + 1.3) * number, 0.5, side, side)
         axes.set_title(name, color=LIGHT, fontsize=TEXT, loc='left')
         shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-        axes.imshow(shares, cmap='cividis', vmin=0, vmax=1)
+        image = axes.imshow(shares, cmap='cividis', vmin=0, vmax=1)
         for row, column in np.ndindex(matrix.shape):
-            ink = DARK if shares[row, column] > 0.6 else LIGHT
+            ink = _ink(image.to_rgba(shares[row, column])[:3])
             axes.text(column, row, str(matrix[row, column]), ha='center', va='center', color=ink, fontsize=TEXT)
         axes.set_xticks(range(len(classes)), classes)
         axes.set_yticks(range(len(classes)), classes)
@@ -105,6 +109,8 @@ def confusion(counts: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figur
 def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> Figure:
     """Metrics over training steps, one panel a metric; `val/l1` shares the panel of `l1`.
 
+    A series, such as the validation of a class, has one colour in all panels.
+
     Args:
         rows: the rows of a run's `metrics.jsonl`: `step` and numbers, None where one was not finite.
         names: the metrics (panels) to show, such as 'l1'; None for all.
@@ -113,10 +119,12 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
     for row in rows:
         for key, value in row.items():
             if key != 'step' and value is not None:
-                split, name, series = _metric(key)
+                split, name, rest = _metric(key)
                 if names is None or name in names:
-                    line = panels.setdefault(name, {}).setdefault(' '.join((split, *series)), [])
+                    line = panels.setdefault(name, {}).setdefault(' '.join((split, *rest)), [])
                     line.append((row['step'], value))
+    series = dict.fromkeys(label for lines in panels.values() for label in lines)
+    colours = dict(zip(series, itertools.cycle(COLOURS), strict=False))
     columns = min(4, max(1, len(panels)))
     page = Page(3.6 * columns + 0.4, 2.5 * max(1, -(-len(panels) // columns)) + 0.2)
     for number, (name, lines) in enumerate(panels.items()):
@@ -125,9 +133,11 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
         style(axes)
         axes.set_title(name.replace('_', ' '), color=LIGHT, fontsize=TEXT + 1, loc='left')
         axes.set_xlabel('step')
-        for (label, points), colour in zip(lines.items(), itertools.cycle(COLOURS), strict=False):
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        for label, points in lines.items():
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, color=colour, linewidth=1.3, marker='.' if len(steps) < 30 else '', label=label)
+            marker = '.' if len(steps) < 30 else ''
+            axes.plot(steps, values, color=colours[label], linewidth=1.3, marker=marker, label=label)
         if len(lines) > 1 or 'train' not in lines:
             axes.legend(frameon=False, fontsize=SMALL, labelcolor=LIGHT)
     return page.figure
@@ -138,6 +148,7 @@ def plan(
     names: Sequence[str],
     memory: Mapping[str, Sequence[float]],
     capacity: float,
+    unit: str,
     seconds: Mapping[str, Sequence[float]],
 ) -> Figure:
     """What programs need of a chip: a bar each, of memory by kind, and of the least time that each part takes.
@@ -145,8 +156,9 @@ def plan(
     Args:
         title: over all.
         names: of the programs.
-        memory: by kind, GiB for each program; kinds are put end to end.
-        capacity: GiB that there are.
+        memory: by kind, for each program; kinds are put end to end.
+        capacity: how much memory there is.
+        unit: of memory and capacity, such as 'GiB'.
         seconds: by part, for each program; parts are put below one another. Empty: no such panel.
     """
     height = 0.45 * len(names)
@@ -162,7 +174,7 @@ def plan(
         axes.set_xlabel(label)
         return axes
 
-    axes, ends = panel(2.4, 'GiB of memory'), np.zeros(len(names))
+    axes, ends = panel(2.4, f'{unit} of memory'), np.zeros(len(names))
     for (kind, sizes), colour in zip(memory.items(), COLOURS, strict=False):
         if any(sizes):
             axes.barh(places, sizes, 0.65, ends, color=colour, label=kind)
@@ -195,10 +207,32 @@ def plan(
 
 
 def _legend_above(axes: Axes, title: str | None = None) -> None:
-    """A legend in the upper right corner, with room made for it over what is drawn."""
-    axes.set_ylim(0, 1.5 * axes.get_ylim()[1])
+    """A legend in the upper right corner, with room made for it over what is drawn, and no ticks there."""
+    end = axes.get_ylim()[1]
+    axes.set_ylim(0, 1.5 * end)
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= end])
     legend = axes.legend(frameon=False, fontsize=SMALL, labelcolor=LIGHT, title=title, loc='upper right')
     legend.get_title().set(color=LIGHT, fontsize=SMALL)
+
+
+def _ink(ground: ArrayLike) -> str:
+    """White or black, whichever has more contrast (WCAG 2.2, at least 4.5 to 1) on a colour of RGB in [0, 1]."""
+    return max(('white', 'black'), key=lambda ink: _contrast(to_rgb(ink), ground))
+
+
+def _contrast(one: ArrayLike, other: ArrayLike) -> float:
+    """The contrast ratio of two colours, 1 to 21, as WCAG 2.2 defines it.
+
+    Args:
+        one: sRGB, each part in [0, 1].
+        other: likewise.
+    """
+    lights = []
+    for colour in (one, other):
+        parts = np.asarray(colour, np.float64)
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        lights.append(float(linear @ (0.2126, 0.7152, 0.0722)))
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
 
 
 def _panel(page: Page, number: int, title: str, x: str, y: str) -> Axes:

@@ -19,6 +19,7 @@ LEVEL = -0.9  # intensity between background, -1, and the darkest tumour
 
 _LAMP = LightSource(azdeg=225, altdeg=40)
 _COLUMNS, _PANEL, _HEAD = 6, 1.7, 0.4  # panels side by side at most; inches of a panel, and of a class's name
+_ZOOM = 1.6  # at which a ball that touches the six sides of the box just fits a panel
 _VIEW = "all at one scale, seen from the front, a little from above and from the patient's left"
 
 
@@ -64,37 +65,51 @@ def surfaces(
     Raises:
         ValueError: labels or titles are not as many as volumes.
     """
-    classes: dict[str, list[tuple[np.ndarray, str]]] = {}
+    classes: dict[str, list[tuple[np.ndarray, np.ndarray, str]]] = {}
     for volume, label, title in zip(volumes, labels, titles, strict=True):
-        classes.setdefault(label, []).append((volume, title))
-    steps = tuple(spacing or (1.0, 1.0, 1.0))
+        vertices, triangles = triangulate(volume, spacing or (1.0, 1.0, 1.0), level)
+        classes.setdefault(label, []).append((_centred(vertices), triangles, title))
+    reaches = [
+        np.linalg.norm(vertices, axis=1).max(initial=0) for members in classes.values() for vertices, *_ in members
+    ]
+    radius = float(max(reaches)) or 1.0  # of a ball that every one of them lies in, in the middle of its panel
     columns = min(_COLUMNS, max(map(len, classes.values())))
     lines = {label: -(-len(members) // columns) for label, members in classes.items()}
     height = sum(_HEAD + number * _PANEL for number in lines.values()) + 0.5
     page, top = Page(max(columns * _PANEL, 4.5) + 2 * MARGIN, height), 0.1
     for (label, members), colour in zip(classes.items(), itertools.cycle(COLOURS), strict=False):
         page.text(MARGIN, top + 0.25, label, TITLE)
-        for number, (volume, title) in enumerate(members):
+        for number, (vertices, triangles, title) in enumerate(members):
             row, column = divmod(number, columns)
             left, upper = MARGIN + column * _PANEL, top + _HEAD + row * _PANEL
             page.text(left, upper + 0.16, title, TEXT, FAINT)
             axes = page.axes(left, upper + 0.2, _PANEL - 0.1, _PANEL - 0.25, projection='3d')
             assert isinstance(axes, Axes3D)
-            _draw(axes, volume, steps, level, colour)
+            _draw(axes, vertices, triangles, radius, colour)
         top += _HEAD + lines[label] * _PANEL
     page.text(MARGIN, top + 0.25, _VIEW, SMALL, FAINT)
     return page.figure
 
 
-def _draw(axes: Axes3D, volume: np.ndarray, spacing: Sequence[float], level: float, colour: str) -> None:
-    vertices, triangles = triangulate(volume, spacing, level)
+def _centred(vertices: np.ndarray) -> np.ndarray:
+    """Moves the middle of a surface's extent to 0."""
+    return vertices - (vertices.min(axis=0) + vertices.max(axis=0)) / 2 if len(vertices) else vertices
+
+
+def _draw(axes: Axes3D, vertices: np.ndarray, triangles: np.ndarray, radius: float, colour: str) -> None:
+    """A surface around 0, in a panel that shows a ball of this radius [mm] as a whole."""
     if len(triangles):
         corners = vertices[triangles][..., [1, 2, 0]]  # NIfTI's order: to the left, to the back, up
-        surface = Poly3DCollection(corners, facecolors=colour, linewidths=0, shade=True, lightsource=_LAMP)
+        surface = Poly3DCollection(
+            corners,
+            facecolors=colour,
+            linewidths=0,
+            antialiaseds=False,  # else the back is seen through the seams between triangles
+            shade=True,
+            lightsource=_LAMP,
+        )
         axes.add_collection3d(surface)
-    sides = [volume.shape[axis] * spacing[axis] for axis in (1, 2, 0)]
-    for limit, side in zip((axes.set_xlim, axes.set_ylim, axes.set_zlim), sides, strict=True):
-        limit(0, side)
-    axes.set_box_aspect(sides, zoom=1.6)
+    axes.set(xlim=(-radius, radius), ylim=(-radius, radius), zlim=(-radius, radius))
+    axes.set_box_aspect((1, 1, 1), zoom=_ZOOM)
     axes.set_axis_off()
     axes.view_init(elev=20, azim=-70)
