@@ -119,6 +119,7 @@ def test_the_report_is_one_page_that_holds_everything(done, folders):
     assert 'Not for clinical use' in text
     assert f'from{folders / "cohort"}' in text.replace('from ', 'from')
     assert 'phantoms: drawings, not patients' in text
+    assert 'Whether the generator of the synthetic ROIs has learnt from test patients is not known' in text
     for arm in found['arms'].values():
         for figure in ('auc', 'f1', 'accuracy', 'precision', 'recall'):
             assert f'{arm["mean"][figure]:.3f} ± {arm["sd"][figure]:.3f}' in text

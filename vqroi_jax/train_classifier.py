@@ -23,7 +23,7 @@ from vqroi_jax import losses, report, transfer, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.errors import InputError
-from vqroi_jax.experiment import Part, Rois, check_disjoint, counted, plan, tested_rois
+from vqroi_jax.experiment import Part, Rois, check_disjoint, counted, plan, provenance, tested_rois
 from vqroi_jax.metrics import classification
 from vqroi_jax.models import resnet3d
 from vqroi_jax.training import classifier, loop, optimizers, partitioning
@@ -49,6 +49,9 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             parts = {(name, number): plan(config, name, number, sets) for name in arms for number in range(config.runs)}
             for (name, _), run_parts in parts.items():
                 check_disjoint(test, run_parts, starts[name])
+            origin = provenance(test, parts.values())
+            if origin and is_primary():
+                print(origin)
             results: dict[str, list[dict]] = {name: [] for name in arms}
             for (name, number), run_parts in parts.items():
                 where = folder / 'parts' / name / f'run_{number}'
@@ -56,7 +59,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             if is_primary():
                 found = summarise(config, results, sets[0].classes)
                 found |= {'real': sets[0].describe(), 'fake': sets[1].describe() if config.fake else None}
-                found['test'] = counted(test)
+                found['test'], found['provenance'] = counted(test), origin
                 for name, arm in found['arms'].items():
                     arm['rois'] = rois_of([parts[name, number] for number in range(config.runs)])
                     start = starts[name]
