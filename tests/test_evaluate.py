@@ -168,7 +168,7 @@ def test_copies_of_training_rois_are_listed():
     ],
 )
 def test_nobody_that_the_generator_has_learnt_from_is_held_out(splits, record, learnt, said):
-    """`record`: in which splits the patients are that it names; `learnt`: in which those are that count as learnt from."""
+    """`record`: in which splits the patients are that it names; `learnt`: where those are that count as learnt from."""
     of_row = splits and np.array(splits * (2 * NUMBER))
     named = None if record is None else frozenset(f'P{row}' for row in np.flatnonzero(np.isin(of_row, record)))
     fake = dataclasses.replace(as_set(OTHERS), learnt_from=named)

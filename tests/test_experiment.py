@@ -149,11 +149,11 @@ def test_given_weights_that_know_a_held_out_patient_are_refused(side, what):
     sets = fake_sets()
     parts, test = experiment.plan(arm(), 'mixed', 0, sets), experiment.tested_rois(sets)
     known = min(test.patients if side == 'test' else parts['finetune'].validation.patients)
-    weights = transfer.Weights({}, {}, frozenset({known}), 'runs/other, step 7')
+    weights = transfer.Weights({}, {}, frozenset({known}), frozenset(), 'runs/other, step 7')
     with pytest.raises(InputError, match=f'runs/other, step 7: .*from patient {known}, on whom a run would be {what}'):
         experiment.check_disjoint(test, parts, weights)
     others = parts['finetune'].train.patients
-    experiment.check_disjoint(test, parts, transfer.Weights({}, {}, frozenset(others), ''))
+    experiment.check_disjoint(test, parts, transfer.Weights({}, {}, frozenset(others), frozenset(), ''))
 
 
 def with_record(sets, patients):
@@ -170,6 +170,23 @@ def test_a_test_patient_of_the_generator_is_refused():
     real_only = experiment.plan(arm(pretrain_real=('HGG',), pretrain_synthetic=()), 'mixed', 0, sets)
     experiment.check_disjoint(test, real_only)  # has nothing of that generator
     assert experiment.provenance(test, [real_only]) is None
+
+
+def test_weights_learnt_from_synthetic_rois_bring_the_patients_of_their_generator():
+    sets = with_record(fake_sets(), {'A', 'B'})
+    stages, test = experiment.plan(arm(), 'mixed', 0, sets), experiment.tested_rois(sets)
+    known = max(test.patients)
+    start = transfer.Weights({}, {}, frozenset(), frozenset({known}), 'runs/other, step 7')
+    assert experiment.generators(stages['pretrain'], None) == {'A', 'B'}
+    assert experiment.generators(stages['pretrain'], start) == {'A', 'B', known}
+    assert experiment.generators(stages['finetune'], start) == {known}
+    assert experiment.generators(stages['finetune'], None) == frozenset()
+    unknown = dataclasses.replace(start, generators=None)
+    assert experiment.generators(stages['finetune'], unknown) is None
+    assert experiment.generators(experiment.plan(arm(), 'mixed', 0, fake_sets())['pretrain'], start) is None
+    with pytest.raises(InputError, match=f'runs/other, step 7: .* whose generator was trained on patient {known}, on'):
+        experiment.check_disjoint(test, stages, start)
+    experiment.check_disjoint(test, stages, unknown)
 
 
 def test_what_is_known_of_the_generator_is_said():

@@ -179,7 +179,7 @@ def check_disjoint(test: Rois, parts: Mapping[str, Part], start: transfer.Weight
         InputError: naming one that is.
     """
     made = test.sets[1]
-    if _has_synthetic(parts) and (leaked := (made.learnt_from or frozenset()) & test.patients):
+    if _has_synthetic(*parts.values()) and (leaked := (made.learnt_from or frozenset()) & test.patients):
         raise InputError(
             f'config.fake={made.path}: its generator was trained on patient {min(leaked)} (see its '
             f'{LEARNT_FROM_FILE}), on whom a run would be tested; take the cohort as it was split then, or samples of '
@@ -198,6 +198,11 @@ def check_disjoint(test: Rois, parts: Mapping[str, Part], start: transfer.Weight
                 f'{start.fact}: its weights were learnt from patient {min(known)}, on whom a run would be {what}; '
                 'take weights that were learnt from other patients, or from synthetic ROIs alone'
             )
+    if start and (leaked := (start.generators or frozenset()) & test.patients):
+        raise InputError(
+            f'{start.fact}: its weights were learnt from synthetic ROIs whose generator was trained on patient '
+            f'{min(leaked)}, on whom a run would be tested; take the cohort as it was split then, or other weights'
+        )
 
 
 def provenance(test: Rois, runs: Iterable[Mapping[str, Part]]) -> str | None:
@@ -211,7 +216,7 @@ def provenance(test: Rois, runs: Iterable[Mapping[str, Part]]) -> str | None:
         None if no run has synthetic ROIs.
     """
     runs, made = list(runs), test.sets[1]
-    if not any(map(_has_synthetic, runs)):
+    if not any(_has_synthetic(*run.values()) for run in runs):
         return None
     if made.learnt_from is None:
         return (
@@ -226,8 +231,23 @@ def provenance(test: Rois, runs: Iterable[Mapping[str, Part]]) -> str | None:
     )
 
 
-def _has_synthetic(parts: Mapping[str, Part]) -> bool:
-    return any((rois.rows[:, 0] == 1).any() for part in parts.values() for rois in (part.train, part.validation))
+def generators(part: Part, start: transfer.Weights | None) -> frozenset[str] | None:
+    """Patients that reach the weights of a stage by way of synthetic ROIs: their generators were trained on them.
+
+    Args:
+        part: what the stage learns from.
+        start: weights that it begins with.
+
+    Returns:
+        None where it is not known.
+    """
+    before = start.generators if start else frozenset()
+    now = part.train.sets[1].learnt_from if _has_synthetic(part) else frozenset()
+    return None if before is None or now is None else before | now
+
+
+def _has_synthetic(*parts: Part) -> bool:
+    return any((rois.rows[:, 0] == 1).any() for part in parts for rois in (part.train, part.validation))
 
 
 def counted(rois: Rois) -> dict[str, dict[str, int]]:

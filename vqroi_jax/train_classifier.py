@@ -23,7 +23,7 @@ from vqroi_jax import losses, report, transfer, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.errors import InputError
-from vqroi_jax.experiment import Part, Rois, check_disjoint, counted, plan, provenance, tested_rois
+from vqroi_jax.experiment import Part, Rois, check_disjoint, counted, generators, plan, provenance, tested_rois
 from vqroi_jax.metrics import classification
 from vqroi_jax.models import resnet3d
 from vqroi_jax.training import classifier, loop, optimizers, partitioning
@@ -232,11 +232,13 @@ def train_stage(
     )
     # The stage's own config and ROIs, so that its folder can be read like any run's, and its weights used again.
     own = {'task': f'classifier.{stage}', 'run': number, 'model': config.model.to_dict(), **settings.to_dict()}
+    made_from = generators(part, start)
     patients = part.train.patients | part.validation.patients | (start.patients if start else frozenset())
     with open_workdir(folder, ConfigDict(own)):
         if is_primary():
             learnt = {
                 'patients': sorted(patients),  # those of the weights that it began with included
+                'generators': None if made_from is None else sorted(made_from),  # likewise
                 'train': part.train.ids,
                 'validation': part.validation.ids,
             }
@@ -253,7 +255,10 @@ def train_stage(
         )
         loop.train(task, settings.training, folder)
     step, best = read_checkpoint(folder, ('params', 'statistics'), 'best')
-    return transfer.Weights(**best, patients=frozenset(patients), fact=f'{folder}, step {step}'), recipe
+    learnt_by = transfer.Weights(
+        **best, patients=frozenset(patients), generators=made_from, fact=f'{folder}, step {step}'
+    )
+    return learnt_by, recipe
 
 
 def logits_of(recipe: classifier.Recipe, mesh: Mesh, batch: int) -> Callable[..., np.ndarray]:

@@ -1,7 +1,5 @@
 """The record of the patients that a model has learnt from: what is in it, and that a run goes on with its own."""
 
-import json
-
 import pytest
 
 from vqroi_jax.data.learnt_from import LearntFrom, read_learnt_from, write_learnt_from
@@ -53,12 +51,3 @@ def test_a_damaged_record_is_refused(tmp_path, text):
     (tmp_path / 'learnt_from.json').write_text(text)
     with pytest.raises(InputError, match=r'learnt_from.json is damaged: expected a JSON object with the lists train'):
         read_learnt_from(tmp_path)
-
-
-def test_runs_say_from_whom_they_have_learnt(tiny_vqgan):
-    """Beside what the cohort itself says."""
-    scans = json.loads((tiny_vqgan / 'cohort' / 'cohort.json').read_text())['scans']
-    found = json.loads((tiny_vqgan / 'learnt_from.json').read_text())
-    for name in ('train', 'val'):
-        assert found[name] == sorted({scan['patient'] for scan in scans if scan['split'] == name})
-        assert found[name]
