@@ -21,7 +21,8 @@ def test_who_trained_either_stage_is_no_mere_validation_patient():
 
 
 def test_a_run_goes_on_with_the_patients_that_it_began_with(tmp_path):
-    of('ab', 'c').record(tmp_path, begun=False)
+    of('xy').record(tmp_path, begun=False)
+    of('ab', 'c').record(tmp_path, begun=False)  # nothing was learnt in between
     assert read_learnt_from(tmp_path) == of('ab', 'c')
     of('ba', 'c').record(tmp_path, begun=True)
     for other in (of('ad', 'c'), of('ab')):

@@ -17,7 +17,9 @@ LEARNT_FROM_FILE = 'learnt_from.json'
 
 @dataclasses.dataclass(frozen=True)
 class LearntFrom:
-    """Patients by what they were to a model, by the names that their cohort has for them.
+    """Patients by what they were to a model.
+
+    Their cohort's names are all that tells them apart: cohorts that give one name to two patients have one in common.
 
     Attributes:
         train: it was trained on.
@@ -53,12 +55,13 @@ class LearntFrom:
             begun: whether it has checkpoints. One that has, but no file, keeps none: what it began with is not known.
 
         Raises:
-            InputError: the run was begun with other patients.
+            InputError: the run was begun with other patients, or its file is damaged.
         """
-        there = read_learnt_from(run)
-        if there is None and not begun:
+        if not begun:
             write_learnt_from(run, self)
-        elif there is not None and there != self:
+            return
+        there = read_learnt_from(run)
+        if there is not None and there != self:
             other = min((there.train ^ self.train) | (there.val ^ self.val))
             raise InputError(
                 f'{run} was started with other splits of the cohort (patient {other} is not where it was, see '
