@@ -18,7 +18,7 @@ from scipy import linalg, ndimage
 from vqroi_jax import evaluate, features, figures_of_merit, main
 from vqroi_jax.data.roi_sets import RoiSet
 from vqroi_jax.errors import InputError
-from vqroi_jax.merit import voxels
+from vqroi_jax.merit import privacy, voxels
 from vqroi_jax.merit.evaluation import Evaluation
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'evaluate.py'
@@ -132,6 +132,54 @@ def test_copies_of_training_rois_are_listed():
     _, fresh = figures(OTHERS, splits, metrics=('privacy',))
     figure = fresh['nearest training ROI, MS-SSIM', '']
     assert abs(figure.value - figure.floor) < 2 * max(figure.spread, figure.floor_spread)
+
+
+@pytest.mark.parametrize(
+    ('splits', 'record', 'learnt', 'said'),
+    [
+        (
+            ('train', 'test'),
+            None,
+            'train',
+            'is not known: somewhere has no learnt_from.json that says so. What is held',
+        ),
+        (('train', 'test'), ('train',), 'train', None),
+        (
+            ('test', 'train'),
+            ('test',),
+            'test',
+            f'of {2 * NUMBER} ROIs that are not in the training split, and not from ',
+        ),
+        (('val', 'test'), ('val',), 'val', f'of {2 * NUMBER} ROIs that are not in the training split, and not from'),
+        (None, ('train',), None, 'somewhere does not say of which patients its ROIs are, so none is known to be held'),
+        (None, None, None, 'that says so. No real ROI is known to be held out.'),
+        (
+            ('train', 'test'),
+            ('train', 'test'),
+            None,
+            f'of {2 * NUMBER} ROIs that are not in the training split, and no',
+        ),
+        (
+            ('train', 'test'),
+            (),
+            None,
+            f'of 0 ROIs that are not in the training split, and not from those of {2 * NUMBER}',
+        ),
+    ],
+)
+def test_nobody_that_the_generator_has_learnt_from_is_held_out(splits, record, learnt, said):
+    """`record`: in which splits the patients are that it names; `learnt`: where those are that count as learnt from."""
+    of_row = splits and np.array(splits * (2 * NUMBER))
+    named = None if record is None else frozenset(f'P{row}' for row in np.flatnonzero(np.isin(of_row, record)))
+    fake = dataclasses.replace(as_set(OTHERS), learnt_from=named)
+    evaluation = Evaluation(as_set(REAL, splits and tuple(of_row)), fake, config())
+    everyone = np.arange(4 * NUMBER)
+    np.testing.assert_array_equal(evaluation.training, np.flatnonzero(of_row == learnt) if learnt else everyone)
+    np.testing.assert_array_equal(evaluation.held_out, np.flatnonzero(of_row != learnt) if learnt else everyone)
+    assert evaluation.has_held_out == (learnt is not None)
+    notes = privacy.provenance(evaluation)
+    assert len(notes) == (said is not None)
+    assert said is None or said in notes[0]
 
 
 @pytest.fixture(scope='module')

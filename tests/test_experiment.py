@@ -1,6 +1,8 @@
 """Which ROI goes where in an experiment."""
 
+import dataclasses
 import pathlib
+import re
 import runpy
 
 import numpy as np
@@ -147,11 +149,64 @@ def test_given_weights_that_know_a_held_out_patient_are_refused(side, what):
     sets = fake_sets()
     parts, test = experiment.plan(arm(), 'mixed', 0, sets), experiment.tested_rois(sets)
     known = min(test.patients if side == 'test' else parts['finetune'].validation.patients)
-    weights = transfer.Weights({}, {}, frozenset({known}), 'runs/other, step 7')
+    weights = transfer.Weights({}, {}, frozenset({known}), frozenset(), 'runs/other, step 7')
     with pytest.raises(InputError, match=f'runs/other, step 7: .*from patient {known}, on whom a run would be {what}'):
         experiment.check_disjoint(test, parts, weights)
     others = parts['finetune'].train.patients
-    experiment.check_disjoint(test, parts, transfer.Weights({}, {}, frozenset(others), ''))
+    experiment.check_disjoint(test, parts, transfer.Weights({}, {}, frozenset(others), frozenset(), ''))
+
+
+def with_record(sets, patients):
+    return sets[0], dataclasses.replace(sets[1], learnt_from=None if patients is None else frozenset(patients))
+
+
+def test_a_test_patient_of_the_generator_is_refused():
+    sets = fake_sets()
+    known = max(experiment.tested_rois(sets).patients)
+    sets = with_record(sets, {known, 'H30', 'elsewhere'})
+    parts, test = experiment.plan(arm(), 'mixed', 0, sets), experiment.tested_rois(sets)
+    with pytest.raises(InputError, match=f'config.fake=somewhere: its generator was trained on patient {known} .see'):
+        experiment.check_disjoint(test, parts)
+    real_only = experiment.plan(arm(pretrain_real=('HGG',), pretrain_synthetic=()), 'mixed', 0, sets)
+    experiment.check_disjoint(test, real_only)  # has nothing of that generator
+    assert experiment.provenance(test, [real_only]) is None
+
+
+def test_weights_learnt_from_synthetic_rois_bring_the_patients_of_their_generator():
+    sets = with_record(fake_sets(), {'A', 'B'})
+    stages, test = experiment.plan(arm(), 'mixed', 0, sets), experiment.tested_rois(sets)
+    known = max(test.patients)
+    start = transfer.Weights({}, {}, frozenset(), frozenset({known}), 'runs/other, step 7')
+    assert experiment.generators(stages['pretrain'], None) == {'A', 'B'}
+    assert experiment.generators(stages['pretrain'], start) == {'A', 'B', known}
+    assert experiment.generators(stages['finetune'], start) == {known}
+    assert experiment.generators(stages['finetune'], None) == frozenset()
+    unknown = dataclasses.replace(start, generators=None)
+    assert experiment.generators(stages['finetune'], unknown) is None
+    assert experiment.generators(experiment.plan(arm(), 'mixed', 0, fake_sets())['pretrain'], start) is None
+    with pytest.raises(InputError, match=f'runs/other, step 7: .* whose generator was trained on patient {known}, on'):
+        experiment.check_disjoint(test, stages, start)
+    experiment.check_disjoint(test, stages, unknown)
+
+
+def test_what_is_known_of_the_generator_is_said():
+    sets = fake_sets()
+    splits = dict(zip(sets[0].patients, sets[0].splits, strict=True))
+    learnt = {patient for patient, split in splits.items() if split == 'train'} - {'H30'}
+    for record, expected in (
+        (None, 'is not known: somewhere has no learnt_from.json'),
+        ((), r'among the 0 .* trained on; 0 of the \d+ patients that runs are validated on are'),
+        (learnt, rf'No test patient is among the {len(learnt)} that'),
+    ):
+        known = with_record(sets, record)
+        test, runs = experiment.tested_rois(known), [experiment.plan(arm(), 'mixed', n, known) for n in range(3)]
+        for parts in runs:
+            experiment.check_disjoint(test, parts)
+        line = experiment.provenance(test, runs)
+        assert re.search(expected, line)
+        if record:
+            validated = set.union(*(parts['finetune'].validation.patients for parts in runs))
+            assert f'; {len(validated - {"H30"})} of the {len(validated)} patients that runs are validated' in line
 
 
 @pytest.mark.parametrize(

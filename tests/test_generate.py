@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import errno
+import json
 import os
 import runpy
 import shutil
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vqroi_jax import generate, main
 from vqroi_jax.data import samples
+from vqroi_jax.data.learnt_from import LearntFrom
 from vqroi_jax.errors import InputError
 from vqroi_jax.workdir import read_config
 
@@ -69,7 +71,7 @@ class FakeTransformer:
     def __init__(self, **changes):
         self.classes, self.step, self.identity = ('LGG', 'HGG'), 500, 'abc123'
         self.roi_size, self.spacing, self.synthetic = SIZE, (2.0, 1.0, 1.5), True
-        self.method = 'autoregressive'
+        self.method, self.learnt_from = 'autoregressive', LearntFrom(frozenset({'P2', 'P1'}), frozenset({'P3'}))
         self.rows, self.settings, self.samplers = 3, {}, []
         vars(self).update(changes)
 
@@ -127,7 +129,7 @@ def names(label: str, number: int) -> list[str]:
 def test_leaves_a_file_a_sample_a_manifest_and_a_figure(model, tmp_path, capsys):
     generate.run(settings(), tmp_path)
     expected = names('LGG', 4) + names('HGG', 4)
-    assert set(contents(tmp_path)) == {'config.json', 'manifest.csv', *expected}
+    assert set(contents(tmp_path)) == {'config.json', 'learnt_from.json', 'manifest.csv', *expected}
     rows = manifest(tmp_path)
     assert [row['file'] for row in rows] == expected
     assert [(row['class'], row['index']) for row in rows] == [
@@ -287,6 +289,16 @@ def test_of_several_processes_only_the_primary_writes_and_all_compute(model, tmp
     assert capsys.readouterr().out == ''
 
 
+def test_says_which_patients_the_model_has_learnt_from(model, tmp_path, capsys):
+    generate.run(settings(number=1), tmp_path / 'known')
+    assert json.loads((tmp_path / 'known' / 'learnt_from.json').read_text()) == {'train': ['P1', 'P2'], 'val': ['P3']}
+    assert 'which patients' not in capsys.readouterr().out
+    model.learnt_from = None
+    generate.run(settings(number=1), tmp_path / 'unknown')
+    assert json.loads((tmp_path / 'unknown' / 'learnt_from.json').read_text()) == {'train': None, 'val': None}
+    assert 'warning: the runs of runs/transformer and its stage 1 do not say which patients' in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------- resuming
 
 
@@ -395,7 +407,7 @@ def test_a_full_disk_leaves_what_is_written_whole_and_listed(model, tmp_path, br
 
     def fill(descriptor):
         path = os.readlink(f'/proc/self/fd/{descriptor}')
-        if 'config.json' not in path:
+        if 'config.json' not in path and 'learnt_from.json' not in path:
             done.append(path)
             if len(done) == calls:
                 os.truncate(path, os.stat(path).st_size - 3)  # what had room
@@ -413,7 +425,7 @@ def test_a_full_disk_leaves_what_is_written_whole_and_listed(model, tmp_path, br
     written = contents(out)
     listed = manifest(out) if calls > 3 else []
     assert len(listed) == (calls - 1) // 3
-    assert set(written) - {'config.json', 'manifest.csv'} == {
+    assert set(written) - {'config.json', 'learnt_from.json', 'manifest.csv'} == {
         row[name] for row in listed for name in ('file', 'pasted')
     }
     assert all(expected[name].startswith(content) for name, content in written.items())

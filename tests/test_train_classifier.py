@@ -14,6 +14,7 @@ import scipy.stats
 
 from vqroi_jax import main, prepare, templates, train_classifier
 from vqroi_jax.data import samples
+from vqroi_jax.data.learnt_from import LearntFrom, write_learnt_from
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.experiment import plan
 from vqroi_jax.metrics import classification
@@ -102,6 +103,10 @@ def test_leaves_a_table_figures_and_a_folder_for_each_part(done):
         for number in range(2):
             folder = done / 'parts' / name / f'run_{number}'
             assert {path.name for path in folder.iterdir() if path.is_dir()} == stages
+            learnt = {stage: json.loads((folder / stage / 'rois.json').read_text())['generators'] for stage in stages}
+            assert (
+                set(learnt.values()) == {None} if name == 'synthetic' else learnt == {'finetune': []}
+            )  # None: unknown
             part = json.loads((folder / 'result.json').read_text())
             assert len(part['ids']) == 4
             np.testing.assert_allclose(np.sum(part['probabilities'], axis=1), 1, rtol=1e-5)
@@ -119,6 +124,7 @@ def test_the_report_is_one_page_that_holds_everything(done, folders):
     assert 'Not for clinical use' in text
     assert f'from{folders / "cohort"}' in text.replace('from ', 'from')
     assert 'phantoms: drawings, not patients' in text
+    assert 'Whether the generator of the synthetic ROIs has learnt from test patients is not known' in text
     for arm in found['arms'].values():
         for figure in ('auc', 'f1', 'accuracy', 'precision', 'recall'):
             assert f'{arm["mean"][figure]:.3f} ± {arm["sd"][figure]:.3f}' in text
@@ -280,6 +286,12 @@ def list_in_manifest(folder, **more):
         manifest.append({samples.KEY: name, 'class': label})
 
 
+def learn_from_everyone(folder):
+    """A record of a generator that was trained on the whole cohort."""
+    everyone = frozenset(f'phantom_{label}_{number:04d}' for label in ('LGG', 'HGG') for number in range(9))
+    write_learnt_from(folder, LearntFrom(everyone, frozenset()))
+
+
 @pytest.mark.parametrize(
     ('spoil', 'more', 'message'),
     [
@@ -299,6 +311,8 @@ def list_in_manifest(folder, **more):
             (),
             'manifest.csv has no column class',
         ),
+        (learn_from_everyone, (), 'its generator was trained on patient phantom_HGG_000'),
+        (lambda f: (f / 'learnt_from.json').write_text('{'), (), 'learnt_from.json is damaged'),
     ],
 )
 def test_synthetic_rois_that_cannot_be_used_are_told_in_one_line(spoil, more, message, folders, tmp_path, capsys):

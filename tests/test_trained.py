@@ -151,3 +151,15 @@ def test_a_transformer_wants_the_stage_1_that_it_was_trained_on(tiny_transformer
     (tmp_path / 'stage1.json').unlink()
     with pytest.raises(InputError, match=r'was never started as a run of stage 2: .*stage1.json is missing'):
         load_transformer(tmp_path)
+
+
+def test_runs_say_from_whom_they_have_learnt(trained, tiny_vqgan, tmp_path):
+    """Beside what the cohort itself says; a run without the record, as those that were converted, is not known."""
+    scans = json.loads((tiny_vqgan / 'cohort' / 'cohort.json').read_text())['scans']
+    for name in ('train', 'val'):
+        expected = {scan['patient'] for scan in scans if scan['split'] == name}
+        assert getattr(trained.learnt_from, name) == expected
+        assert expected
+    stage1 = dataclasses.replace(trained.vqgan, workdir=tmp_path)
+    assert dataclasses.replace(trained, workdir=tmp_path).learnt_from is None
+    assert dataclasses.replace(trained, vqgan=stage1).learnt_from is None

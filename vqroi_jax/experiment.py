@@ -5,12 +5,13 @@ two sets (data.roi_sets) -> `plan` -> `check_disjoint` -> `train_classifier`
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vqroi_jax import transfer
+from vqroi_jax.data.learnt_from import LEARNT_FROM_FILE
 from vqroi_jax.data.roi_sets import RoiSet
 from vqroi_jax.errors import InputError
 
@@ -166,6 +167,9 @@ def _split(
 def check_disjoint(test: Rois, parts: Mapping[str, Part], start: transfer.Weights | None = None) -> None:
     """Makes sure that no patient whom a run is validated or tested on is one that it has learnt from.
 
+    Nor may a test patient be one that the generator of the run's synthetic ROIs was trained on, as far as that is known
+    (`provenance`). Validation patients may: they are of the cohort's training split, as the generator's are.
+
     Args:
         test: the test ROIs.
         parts: the run's stages by name.
@@ -174,6 +178,13 @@ def check_disjoint(test: Rois, parts: Mapping[str, Part], start: transfer.Weight
     Raises:
         InputError: naming one that is.
     """
+    made = test.sets[1]
+    if _has_synthetic(*parts.values()) and (leaked := (made.learnt_from or frozenset()) & test.patients):
+        raise InputError(
+            f'config.fake={made.path}: its generator was trained on patient {min(leaked)} (see its '
+            f'{LEARNT_FROM_FILE}), on whom a run would be tested; take the cohort as it was split then, or samples of '
+            'another generator'
+        )
     for part in parts.values():
         for rois in (part.train, part.validation):
             if shared := test.patients & rois.patients:
@@ -187,6 +198,56 @@ def check_disjoint(test: Rois, parts: Mapping[str, Part], start: transfer.Weight
                 f'{start.fact}: its weights were learnt from patient {min(known)}, on whom a run would be {what}; '
                 'take weights that were learnt from other patients, or from synthetic ROIs alone'
             )
+    if start and (leaked := (start.generators or frozenset()) & test.patients):
+        raise InputError(
+            f'{start.fact}: its weights were learnt from synthetic ROIs whose generator was trained on patient '
+            f'{min(leaked)}, on whom a run would be tested; take the cohort as it was split then, or other weights'
+        )
+
+
+def provenance(test: Rois, runs: Iterable[Mapping[str, Part]]) -> str | None:
+    """What is known of the patients that the generator of the synthetic ROIs was trained on, as a line of text.
+
+    Args:
+        test: the test ROIs; `check_disjoint` has passed.
+        runs: stages by name of all runs of the experiment.
+
+    Returns:
+        None if no run has synthetic ROIs.
+    """
+    runs, made = list(runs), test.sets[1]
+    if not any(_has_synthetic(*run.values()) for run in runs):
+        return None
+    if made.learnt_from is None:
+        return (
+            f'Whether the generator of the synthetic ROIs has learnt from test patients is not known: {made.path} has '
+            f'no {LEARNT_FROM_FILE} that says from whom it has.'
+        )
+    validated = frozenset().union(*(run['finetune'].validation.patients for run in runs))
+    return (
+        f'No test patient is among the {len(made.learnt_from)} that the generator of the synthetic ROIs was trained '
+        f'on; {len(validated & made.learnt_from)} of the {len(validated)} patients that runs are validated on are, so '
+        'validation, which chooses checkpoints, may flatter.'
+    )
+
+
+def generators(part: Part, start: transfer.Weights | None) -> frozenset[str] | None:
+    """Patients that reach the weights of a stage by way of synthetic ROIs: their generators were trained on them.
+
+    Args:
+        part: what the stage learns from.
+        start: weights that it begins with.
+
+    Returns:
+        None where it is not known.
+    """
+    before = start.generators if start else frozenset()
+    now = part.train.sets[1].learnt_from if _has_synthetic(part) else frozenset()
+    return None if before is None or now is None else before | now
+
+
+def _has_synthetic(*parts: Part) -> bool:
+    return any((rois.rows[:, 0] == 1).any() for part in parts for rois in (part.train, part.validation))
 
 
 def counted(rois: Rois) -> dict[str, dict[str, int]]:

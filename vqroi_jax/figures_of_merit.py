@@ -73,8 +73,9 @@ def _check_sets(evaluation: Evaluation) -> None:
         evaluation.notes.append(f'{empty} of the synthetic ROIs are empty')
     if 'reconstruction' in evaluation.config.metrics:
         reconstruction.originals(evaluation.real, evaluation.fake)
-    if halved and not evaluation.has_splits:
+    if halved and not evaluation.has_held_out:
         evaluation.notes.append(
-            'The real set does not say which ROIs were held out from training: the nearest neighbour of a real ROI is '
-            'looked for among all others, and the classifier is trained on one half and tried on the other.'
+            'Not of every class some real ROIs are known as learnt from and some as held out: the nearest neighbour of '
+            'a real ROI is looked for among all others, and the classifier is trained on one half and tried on the '
+            'other.'
         )

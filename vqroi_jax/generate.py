@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from vqroi_jax import trained, viz
 from vqroi_jax.data import samples
+from vqroi_jax.data.learnt_from import LEARNT_FROM_FILE, write_learnt_from
 from vqroi_jax.data.roi import mask_box, put_back, scale, to_nifti, to_volume, unscale
 from vqroi_jax.errors import InputError
 from vqroi_jax.training import partitioning
@@ -164,8 +165,8 @@ def generate(
 
     Raises:
         InputError: an unknown class, an ROI that does not fit into the brain, a bad sampling setting, samples by
-            another model in the folder, or no room on the disk, all before the first sample is drawn; or a sample
-            that is not finite.
+            another model in the folder, a damaged record of the patients that it was trained on, or no room on the
+            disk, all before the first sample is drawn; or a sample that is not finite.
         OSError: a file cannot be written, e.g. as the disk is full; what the manifest lists is whole.
     """
     labels = _chosen(config.classes, transformer.classes)
@@ -177,7 +178,14 @@ def generate(
         _warn_of_spacing(transformer.spacing, {'reference': reference, 'paste.brain': host.affine if host else None})
         store = _Store(transformer, config, folder, reference, host)
         missing = np.array([[not store.has(label, index) for index in range(config.number)] for label in labels])
+        learnt = transformer.learnt_from
         require_space(folder, store.bytes_needed(int(missing.sum())), f'writing {missing.sum()} samples')
+        if learnt is None:
+            print(
+                f'warning: the runs of {config.transformer_workdir} and its stage 1 do not say which patients they '
+                f'were trained on, so {folder / LEARNT_FROM_FILE} does not either'
+            )
+        write_learnt_from(folder, learnt)
     missing = _from_primary(missing)
 
     start, made = time.monotonic(), int(missing.sum())

@@ -50,7 +50,7 @@ _MEANINGS = {  # by the beginning of a metric's name: what it says, for a reader
         'another real ROI of the class would get in their place.'
     ),
     'nearest': (
-        'Privacy: how near the most similar ROI is that a model may have learnt from. Samples nearer than held-out '
+        'Privacy: how near the most similar ROI is that a model may have learnt from. Samples nearer than other '
         'patients ever are may be copies.'
     ),
 }

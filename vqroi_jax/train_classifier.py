@@ -23,7 +23,7 @@ from vqroi_jax import losses, report, transfer, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.errors import InputError
-from vqroi_jax.experiment import Part, Rois, check_disjoint, counted, plan, tested_rois
+from vqroi_jax.experiment import Part, Rois, check_disjoint, counted, generators, plan, provenance, tested_rois
 from vqroi_jax.metrics import classification
 from vqroi_jax.models import resnet3d
 from vqroi_jax.training import classifier, loop, optimizers, partitioning
@@ -49,6 +49,9 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             parts = {(name, number): plan(config, name, number, sets) for name in arms for number in range(config.runs)}
             for (name, _), run_parts in parts.items():
                 check_disjoint(test, run_parts, starts[name])
+            origin = provenance(test, parts.values())
+            if origin and is_primary():
+                print(origin)
             results: dict[str, list[dict]] = {name: [] for name in arms}
             for (name, number), run_parts in parts.items():
                 where = folder / 'parts' / name / f'run_{number}'
@@ -56,7 +59,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             if is_primary():
                 found = summarise(config, results, sets[0].classes)
                 found |= {'real': sets[0].describe(), 'fake': sets[1].describe() if config.fake else None}
-                found['test'] = counted(test)
+                found['test'], found['provenance'] = counted(test), origin
                 for name, arm in found['arms'].items():
                     arm['rois'] = rois_of([parts[name, number] for number in range(config.runs)])
                     start = starts[name]
@@ -229,11 +232,13 @@ def train_stage(
     )
     # The stage's own config and ROIs, so that its folder can be read like any run's, and its weights used again.
     own = {'task': f'classifier.{stage}', 'run': number, 'model': config.model.to_dict(), **settings.to_dict()}
+    made_from = generators(part, start)
     patients = part.train.patients | part.validation.patients | (start.patients if start else frozenset())
     with open_workdir(folder, ConfigDict(own)):
         if is_primary():
             learnt = {
                 'patients': sorted(patients),  # those of the weights that it began with included
+                'generators': None if made_from is None else sorted(made_from),  # likewise
                 'train': part.train.ids,
                 'validation': part.validation.ids,
             }
@@ -250,7 +255,10 @@ def train_stage(
         )
         loop.train(task, settings.training, folder)
     step, best = read_checkpoint(folder, ('params', 'statistics'), 'best')
-    return transfer.Weights(**best, patients=frozenset(patients), fact=f'{folder}, step {step}'), recipe
+    learnt_by = transfer.Weights(
+        **best, patients=frozenset(patients), generators=made_from, fact=f'{folder}, step {step}'
+    )
+    return learnt_by, recipe
 
 
 def logits_of(recipe: classifier.Recipe, mesh: Mesh, batch: int) -> Callable[..., np.ndarray]:

@@ -17,10 +17,12 @@ from ml_collections import ConfigDict
 
 from vqroi_jax import masking, model_card, viz
 from vqroi_jax.data import pipeline
+from vqroi_jax.data.learnt_from import LearntFrom
 from vqroi_jax.decoding import UNKNOWN
 from vqroi_jax.tokens import TokenSource, encode_cohort, find_cohort
 from vqroi_jax.trained import Sampler, Stage1Facts, TrainedVQGAN, check_finished, check_trainable, load_vqgan
 from vqroi_jax.training import loop, partitioning, transformer
+from vqroi_jax.training.checkpoints import saved_steps
 from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
 from vqroi_jax.workdir import is_primary, open_workdir
 
@@ -64,6 +66,7 @@ def train(config: ConfigDict, folder: Path) -> None:
     facts = stage1_facts(vqgan, cohort)
     if is_primary():
         facts.record(folder)
+        LearntFrom.of_scans(cohort.report['scans']).record(folder, begun=bool(saved_steps(folder)))
 
     sources = encode_cohort(vqgan, cohort, mesh)
     augmented = bool(config.augment.flip)

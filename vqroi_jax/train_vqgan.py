@@ -18,12 +18,14 @@ from ml_collections import ConfigDict
 
 from vqroi_jax import model_card, viz
 from vqroi_jax.data import pipeline
+from vqroi_jax.data.learnt_from import LearntFrom
 from vqroi_jax.metrics import reconstruction as metrics
 from vqroi_jax.metrics.ssim import ssim
 from vqroi_jax.models import quantizer
 from vqroi_jax.prepare import prepare
 from vqroi_jax.trained import check_trainable
 from vqroi_jax.training import loop, partitioning, vqgan
+from vqroi_jax.training.checkpoints import saved_steps
 from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
 from vqroi_jax.workdir import is_primary, open_workdir
 
@@ -61,6 +63,8 @@ def train(config: ConfigDict, folder: Path) -> None:
         if is_primary():
             print(partitioning.shardings_table(vqgan.state_shapes(recipe), mesh))
         return
+    if is_primary():
+        LearntFrom.of_scans(cohort.report['scans']).record(folder, begun=bool(saved_steps(folder)))
     state = vqgan.create_state(recipe, mesh)
     if is_primary():
         loop.write_parameters(folder, state.params)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vqroi_jax import decoding
+from vqroi_jax.data.learnt_from import LearntFrom, read_learnt_from
 from vqroi_jax.decoding import UNKNOWN, Sampling
 from vqroi_jax.errors import InputError
 from vqroi_jax.models.transformer import Transformer, unstack
@@ -236,6 +237,16 @@ class TrainedTransformer:
     def synthetic(self) -> bool:
         """Whether the training data were phantoms."""
         return self.facts.synthetic
+
+    @property
+    def learnt_from(self) -> LearntFrom | None:
+        """The patients that either stage was trained on; None if one of the runs does not say.
+
+        Raises:
+            InputError: a run's file is damaged.
+        """
+        stage1, stage2 = read_learnt_from(self.vqgan.workdir), read_learnt_from(self.workdir)
+        return stage1 | stage2 if stage1 and stage2 else None
 
     def sampler(self, sampling: ConfigDict, seed: int, mesh: Mesh) -> 'Sampler':
         """What draws samples; see `Sampler`.

@@ -38,12 +38,15 @@ class Weights:
         params: float32 parameters of a `ResNet3D`, with or without its head.
         statistics: its collection `batch_stats`.
         patients: real patients that they were learnt from, as far as is known; none of MedicalNet's are.
+        generators: patients that the generators of the synthetic ROIs which they were learnt from were trained on; None
+            where that is not known.
         fact: where they come from and what a reader should know of that, as a line of text.
     """
 
     params: dict[str, Any]
     statistics: dict[str, Any]
     patients: frozenset[str]
+    generators: frozenset[str] | None
     fact: str
 
 
@@ -70,7 +73,7 @@ def read(path: str, model: ResNet3D) -> Weights:
         f"{path}, weights of MedicalNet, learnt by segmenting scans of public challenges. If the cohort's scans are "
         'public too, as those of BraTS are, the weights may know images of test patients, though not their classes.'
     )
-    return Weights(params, statistics, frozenset(), fact)
+    return Weights(params, statistics, frozenset(), frozenset(), fact)
 
 
 def from_medicalnet(
@@ -150,7 +153,15 @@ def _read_part(folder: Path, model: ResNet3D) -> Weights:
     total = to_steps(config.training.duration, len(learnt['train']) / config.batch_size, 'training.duration')
     if (last := saved_steps(folder)[-1]) < total:
         raise InputError(f'{folder} is unfinished (step {last} of {total}); train it to the end')
-    return Weights(**kept, patients=frozenset(learnt['patients']), fact=f'{folder}, step {step}')
+    fact, generators = f'{folder}, step {step}', learnt.get('generators')  # parts of old have no such record
+    if generators is None:
+        fact += '; from which patients the generator of their synthetic ROIs has learnt is not known'
+    return Weights(
+        **kept,
+        patients=frozenset(learnt['patients']),
+        generators=None if generators is None else frozenset(generators),
+        fact=fact,
+    )
 
 
 def _features_of(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from vqroi_jax import prepare
 from vqroi_jax.data import samples
+from vqroi_jax.data.learnt_from import LearntFrom, write_learnt_from
 from vqroi_jax.data.roi import to_volume
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.errors import InputError
@@ -139,3 +140,16 @@ def test_a_prepared_cohort_says_what_was_held_out(tmp_path):
         np.testing.assert_allclose(one.volumes[0], cohort.split('train').volume(0)[..., 0], atol=1e-6)
         assert one.volumes.min() == -1
         assert one.volumes.max() == 1
+
+
+def test_a_set_carries_whom_its_generator_has_learnt_from(tmp_path):
+    real, fake = (write(tmp_path / name, 'a', [image(0), image(1)]) for name in ('real', 'fake'))
+    with open_sets(str(real), str(fake), settings(), tmp_path) as (one, other):
+        assert one.learnt_from is other.learnt_from is None
+        assert one.sha256 == other.sha256
+    write_learnt_from(fake, LearntFrom(frozenset({'P1', 'P2'}), frozenset({'P3'})))
+    with open_sets(str(real), str(fake), settings(), tmp_path) as (one, other):
+        assert one.learnt_from is None
+        assert other.learnt_from == {'P1', 'P2'}
+        assert 'generator learnt from 2 patients, listed in its learnt_from.json' in other.facts
+        assert one.sha256 != other.sha256  # what it was compared with before is to be compared anew

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from vqroi_jax.data import pipeline, samples
 from vqroi_jax.data.cohort import in_order
+from vqroi_jax.data.learnt_from import LEARNT_FROM_FILE, read_learnt_from
 from vqroi_jax.data.roi import scale, to_nifti, to_volume
 from vqroi_jax.data.splits import SPLITS
 from vqroi_jax.errors import InputError
@@ -52,8 +53,10 @@ class RoiSet:
         range: smallest and largest intensity of all files before they were scaled.
         patients: [n] the patient of each; the ROI's own name where the source does not say.
         splits: [n] 'train', 'val' or 'test', of a prepared cohort; None of other sources.
-        sha256: of names, classes, splits, voxel sizes and voxels.
+        sha256: of names, classes, splits, voxel sizes, voxels and `learnt_from`.
         facts: what else a reader should know, as lines of text.
+        learnt_from: patients that the generator of these ROIs was trained on; None where that is not known, and of real
+            ROIs.
     """
 
     path: str
@@ -67,6 +70,7 @@ class RoiSet:
     splits: tuple[str, ...] | None
     sha256: str
     facts: tuple[str, ...]
+    learnt_from: frozenset[str] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,6 +151,7 @@ class _Source:
         facts: see `RoiSet`.
         patients: None where they are not known.
         splits: None where there are none.
+        learnt_from: see `RoiSet`.
     """
 
     path: str
@@ -157,6 +162,7 @@ class _Source:
     facts: tuple[str, ...]
     patients: list[str] | None = None
     splits: list[str] | None = None
+    learnt_from: frozenset[str] | None = None
 
     def keep(self, classes: Sequence[str]) -> None:
         """Forgets the ROIs of other classes."""
@@ -245,7 +251,11 @@ def _open_files(name: str, path: str, folder: Path) -> _Source:
             )
         ids, labels = [file.as_posix() for file in files], [file.parent.name or 'all' for file in files]
         facts = ('NIfTI files, classes by folder',)
-    return _Source(path, ids, labels, [folder / file for file in ids], _read_file, facts)
+    learnt = read_learnt_from(folder)
+    if learnt:
+        facts += (f'generator learnt from {len(learnt.train)} patients, listed in its {LEARNT_FROM_FILE}',)
+    places = [folder / file for file in ids]
+    return _Source(path, ids, labels, places, _read_file, facts, learnt_from=learnt.train if learnt else None)
 
 
 def _common_classes(sources: dict[str, _Source], asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -306,6 +316,8 @@ class _Raw:
             digest.update(np.ascontiguousarray(volume).data)
             volumes[row] = _on_grid(volume, there, shape, spacing)
             ranges[row] = volume.min(), volume.max()
+        if source.learnt_from is not None:
+            digest.update('\0'.join(['learnt from', *sorted(source.learnt_from)]).encode())
         return cls(volumes, ranges, digest.hexdigest())
 
     @property
@@ -378,4 +390,5 @@ def _finish(
         splits=None if source.splits is None else tuple(source.splits),
         sha256=raw.sha256,
         facts=source.facts,
+        learnt_from=source.learnt_from,
     )

@@ -92,22 +92,33 @@ class Evaluation:
         return parts
 
     @functools.cached_property
+    def learnt(self) -> np.ndarray:
+        """bool [n]: whether the generator has learnt from a real ROI's patient.
+
+        As the synthetic set's own record says; where there is none, as the real set's splits suggest. All False where
+        the real set has no splits, for its patients are not known then.
+        """
+        record, real = self.fake.learnt_from, self.real
+        if real.splits is None:
+            return np.zeros(len(real.labels), bool)
+        if record is None:
+            return np.array(real.splits) == 'train'
+        return np.array([patient in record for patient in real.patients])
+
+    @functools.cached_property
     def training(self) -> np.ndarray:
-        """Real rows that a generator may have learnt from: the training split, or all where there are no splits."""
-        return self.real.among('train') if self.has_splits else np.arange(len(self.real.labels))
+        """Real rows that a generator has learnt from; all where `has_held_out` is False."""
+        return np.flatnonzero(self.learnt) if self.has_held_out else np.arange(len(self.real.labels))
 
     @functools.cached_property
     def held_out(self) -> np.ndarray:
-        """Real rows that it has not: the other splits, or all where there are none."""
-        return self.real.among('val', 'test') if self.has_splits else np.arange(len(self.real.labels))
+        """Real rows that it has not learnt from; all where `has_held_out` is False."""
+        return np.flatnonzero(~self.learnt) if self.has_held_out else np.arange(len(self.real.labels))
 
-    @property
-    def has_splits(self) -> bool:
-        """Whether the real set says what is held out, and some of every class is and is not."""
-        if self.real.splits is None:
-            return False
-        seen, classes = self.real.among('train'), range(len(self.real.classes))
-        return all(0 < np.isin(self.real.of(number), seen).sum() < len(self.real.of(number)) for number in classes)
+    @functools.cached_property
+    def has_held_out(self) -> bool:
+        """Whether some real ROIs of every class are held out, and some are learnt from."""
+        return all(0 < self.learnt[rows].sum() < len(rows) for rows in map(self.real.of, range(len(self.real.classes))))
 
     @functools.cached_property
     def distances(self) -> np.ndarray:
@@ -145,7 +156,7 @@ class Evaluation:
     def told(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
         """Logits and features of the real and the synthetic ROIs, by a classifier trained on real ones alone."""
         classes = len(self.real.classes)
-        rows = self.training if self.has_splits else np.concatenate([part.one for part in self.sides])
+        rows = self.training if self.has_held_out else np.concatenate([part.one for part in self.sides])
         settings = self.config.classifier
         volumes, labels = self.real.volumes[rows], self.real.labels[rows]
         params = class_agreement.train(volumes, labels, classes, self.config.seed, settings.epochs)

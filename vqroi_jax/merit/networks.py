@@ -106,7 +106,9 @@ def measure_agreement(evaluation: Evaluation) -> None:
         evaluation.notes.append('class agreement: there is only one class')
         return
     (real, _), (fake, _) = evaluation.told
-    tried = evaluation.held_out if evaluation.has_splits else np.concatenate([part.other for part in evaluation.sides])
+    tried = (
+        evaluation.held_out if evaluation.has_held_out else np.concatenate([part.other for part in evaluation.sides])
+    )
     right = [
         [np.argmax(logits[rows], axis=1) == number for number, rows in enumerate(parts)]
         for logits, parts in (

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqroi_jax import viz
+from vqroi_jax.data.learnt_from import LEARNT_FROM_FILE
 from vqroi_jax.merit.evaluation import Evaluation
 from vqroi_jax.merit.voxels import similarities
 from vqroi_jax.metrics import mmd
@@ -62,10 +63,12 @@ def measure_privacy(evaluation: Evaluation) -> None:
                 'closer_than_any_held_out': bool(closer[row]),
             }
         )
+    other = 'held-out' if evaluation.has_held_out else 'other real'
     evaluation.notes.append(
         f'{int(closer.sum())} of {len(similar)} synthetic ROIs are closer to a real one that may have been learnt from '
-        f'than any held-out one is (MS-SSIM above {limits[0]:.3f} or VGG distance under {limits[1]:.3g}).'
+        f'than any {other} one is (MS-SSIM above {limits[0]:.3f} or VGG distance under {limits[1]:.3g}).'
     )
+    evaluation.notes.extend(provenance(evaluation))
     shown = order[: min(max(int(closer.sum()), _SHOWN), _PICTURED)]
     evaluation.pictures['nearest'] = viz.neighbours(
         evaluation.fake.volumes[shown],
@@ -74,3 +77,29 @@ def measure_privacy(evaluation: Evaluation) -> None:
         [evaluation.real.ids[row] for row in which[shown]],
         evaluation.real.spacing,
     )
+
+
+def provenance(evaluation: Evaluation) -> list[str]:
+    """What a reader should know of who is held out: notes, none where record and splits agree."""
+    real, fake = evaluation.real, evaluation.fake
+    if fake.learnt_from is None:
+        return [
+            f'From which patients the generator has learnt is not known: {fake.path} has no {LEARNT_FROM_FILE} that '
+            'says so. '
+            + (
+                'What is held out is so from the training split of the real set alone.'
+                if evaluation.has_held_out
+                else 'No real ROI is known to be held out.'
+            )
+        ]
+    if real.splits is None:
+        return [f'{real.path} does not say of which patients its ROIs are, so none is known to be held out.']
+    split = np.array(real.splits) == 'train'
+    leaked, unused = (int(np.sum(rows)) for rows in (evaluation.learnt & ~split, split & ~evaluation.learnt))
+    if not leaked + unused:
+        return []
+    return [
+        f'The splits of {real.path} are not those that the generator was trained with: it has learnt from the patients '
+        f'of {leaked} ROIs that are not in the training split, and not from those of {unused} that are. Its '
+        f'{LEARNT_FROM_FILE} decides what is held out here, not the splits.'
+    ]
