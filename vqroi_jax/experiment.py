@@ -79,8 +79,8 @@ def tested_rois(sets: tuple[RoiSet, RoiSet]) -> Rois:
     for number, label in enumerate(real.classes):
         if (count := np.sum(real.labels[rows] == number)) < 2:
             raise InputError(
-                f'config.real={real.path} has {count} test ROIs of class {label}; at least 2 are needed: prepare the '
-                'cohort with a larger data.split.test'
+                f'config.real={real.path} has {count} ROI(s) of class {label} to test on; at least 2 are needed: '
+                'prepare the cohort with a larger data.split.test'
             )
     return Rois('test', sets, _pairs(0, rows))
 
