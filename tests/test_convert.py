@@ -184,8 +184,8 @@ def test_samples_of_a_run_and_of_its_file_are_the_same(stage2_run, tmp_path):
     assert load_transformer(tmp_path / 'theirs').identity == load_transformer(ours).identity
     assert_same(write_back(tmp_path / 'theirs', tmp_path / 'again')[1], contents)
     samples = generated(ours, tmp_path / 'a')
-    assert len(samples) == 6
-    assert len(set(samples.values())) == 6
+    assert len(samples) == 12
+    assert len(set(samples.values())) == 12
     assert generated(tmp_path / 'theirs', tmp_path / 'b') == samples
 
 

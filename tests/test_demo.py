@@ -22,6 +22,7 @@ def smoke_config(variant='smoke'):
         stage.data.phantom.spacing = 8.0
         stage.data.phantom.patients = 4
         stage.data.roi_size = (16, 16, 16)
+        stage.data.split.test = 1.0
     config.vqgan.discriminator.channels = (8,)
     config.evaluate.metrics = ('mmd', 'agreement', 'statistics')  # the rest takes VGG16's time, and has its own tests
     config.vqgan.training.duration = config.transformer.training.duration = '5 steps'

@@ -385,7 +385,9 @@ def test_a_published_table_stands_beside_ours(folders, tmp_path, capsys):
 
 def test_without_pytorch_inception_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'torch', None)
-    assert command(tmp_path, 'nowhere', 'nowhere', '--config.inception=w.pth') == 2
+    weights = tmp_path / 'w.pth'
+    weights.touch()
+    assert command(tmp_path, 'nowhere', 'nowhere', f'--config.inception={weights}') == 2
     assert 'pip install "vqroi_jax[convert]"' in capsys.readouterr().err
 
 

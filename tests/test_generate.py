@@ -669,7 +669,7 @@ def test_a_folder_that_holds_no_run_is_told(tmp_path):
         generate.run(settings(transformer_workdir=str(tmp_path / 'nowhere')), tmp_path / 'out')
 
 
-@pytest.mark.parametrize(('variant', 'number'), [('', 250), (':paper', 250), (':demo', 100), (':smoke', 2)])
+@pytest.mark.parametrize(('variant', 'number'), [('', 250), (':paper', 250), (':demo', 100), (':smoke', 4)])
 def test_every_variant_of_the_config_is_read_by_the_command_line(variant, number):
     arguments = ['--workdir=out', '--config.transformer_workdir=runs/t', '--config.checkpoint=1500']
     arguments += ['--config.classes=HGG', '--config.paste.centre=(120,100,70)', '--config.intensity.maximum=500']
