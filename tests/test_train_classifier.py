@@ -326,6 +326,12 @@ def test_synthetic_rois_that_cannot_be_used_are_told_in_one_line(spoil, more, me
     assert not (tmp_path / 'out' / 'parts').exists()
 
 
+def test_a_schedule_of_no_step_is_told_before_the_first_stage_is_trained(folders, tmp_path, capsys):
+    assert command(folders, tmp_path / 'out', '--config.finetune.training.log_every=0.001 epochs') == 2
+    assert "training.log_every: '0.001 epochs' is 0 steps" in capsys.readouterr().err
+    assert not (tmp_path / 'out' / 'parts').exists()
+
+
 def test_one_class_is_refused(folders, tmp_path, capsys):
     assert command(folders, tmp_path / 'out', '--config.classes=("HGG",)') == 2
     assert 'has one class, HGG; two at least can be told apart' in capsys.readouterr().err

@@ -123,7 +123,8 @@ def read(config: ConfigDict, workdir: str | Path) -> None:
 
     def begin(folder: Path) -> None:
         _save(stage1_folder, stage1, file, digest)
-        _facts(config, load_vqgan(stage1_folder, str(config.step))).record(folder)
+        loaded = load_vqgan(stage1_folder, str(config.step))
+        Stage1Facts.of(loaded, tuple(config.classes), tuple(config.spacing) or None, config.synthetic).record(folder)
 
     _save(workdir, stage2, file, digest, begin)
     print(f'{workdir} is a run of stage 2, from {file}; its stage 1 is in {stage1_folder}')
@@ -269,20 +270,6 @@ def _check(
     """Refuses tensors that are not exactly those of a network."""
     expected = release.shapes(places, shapes) | {name: tensor.shape for name, tensor in unused.items()}
     torch_files.check(file, tensors, expected, network)
-
-
-def _facts(config: ConfigDict, stage1: TrainedVQGAN) -> Stage1Facts:
-    return Stage1Facts(
-        workdir=str(stage1.workdir),
-        step=stage1.step,
-        identity=stage1.identity,
-        codes=stage1.model.codes,
-        grid=stage1.grid,
-        roi_size=stage1.roi_size,
-        classes=tuple(config.classes),
-        spacing=tuple(config.spacing) or None,
-        synthetic=config.synthetic,
-    )
 
 
 def _save(workdir: str | Path, run: _Run, file: str, digest: str, begin: Callable[[Path], None] | None = None) -> None:

@@ -49,6 +49,8 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             parts = {(name, number): plan(config, name, number, sets) for name in arms for number in range(config.runs)}
             for (name, _), run_parts in parts.items():
                 check_disjoint(test, run_parts, starts[name])
+                for stage, part in run_parts.items():
+                    loop.Schedule.read(config[stage].training, len(part.train) / config[stage].batch_size)
             origin = provenance(test, parts.values())
             if origin and is_primary():
                 print(origin)

@@ -63,7 +63,7 @@ def train(config: ConfigDict, folder: Path) -> None:
             print(partitioning.shardings_table(transformer.state_shapes(recipe), mesh))
         return
     sampler = make_sampler(recipe, vqgan, mesh)
-    facts = stage1_facts(vqgan, cohort)
+    facts = Stage1Facts.of(vqgan, cohort.classes, cohort.spacing(), cohort.report['synthetic'])
     if is_primary():
         facts.record(folder)
         LearntFrom.of_scans(cohort.report['scans']).record(folder, begun=bool(saved_steps(folder)))
@@ -106,21 +106,6 @@ def train(config: ConfigDict, folder: Path) -> None:
     loop.train(task, config.training, folder)
     if is_primary():
         viz.save_figure(viz.curves(read_metrics(folder / METRICS_FILE)), folder / 'figures' / 'curves.png')
-
-
-def stage1_facts(vqgan: TrainedVQGAN, cohort: pipeline.PreparedCohort) -> Stage1Facts:
-    """What stage 2 and whoever samples it must know of stage 1."""
-    return Stage1Facts(
-        workdir=str(vqgan.workdir),
-        step=vqgan.step,
-        identity=vqgan.identity,
-        codes=vqgan.model.codes,
-        grid=vqgan.grid,
-        roi_size=vqgan.roi_size,
-        classes=cohort.classes,
-        spacing=cohort.spacing(),
-        synthetic=cohort.report['synthetic'],
-    )
 
 
 def make_evaluation(

@@ -152,6 +152,23 @@ class Stage1Facts:
     spacing: tuple[float, ...] | None  # mm a voxel: depth, height, width; None if the cohort's differ
     synthetic: bool  # trained on phantoms
 
+    @classmethod
+    def of(
+        cls, vqgan: TrainedVQGAN, classes: tuple[str, ...], spacing: tuple[float, ...] | None, synthetic: bool
+    ) -> 'Stage1Facts':
+        """Of a loaded stage 1 and its cohort; the attributes say what the arguments are."""
+        return cls(
+            workdir=str(vqgan.workdir),
+            step=vqgan.step,
+            identity=vqgan.identity,
+            codes=vqgan.model.codes,
+            grid=vqgan.grid,
+            roi_size=vqgan.roi_size,
+            classes=classes,
+            spacing=spacing,
+            synthetic=synthetic,
+        )
+
     def record(self, folder: Path) -> None:
         """Writes the file, or compares it with the one there: a run goes on with the stage 1 that it began with.
 
