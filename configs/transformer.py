@@ -46,7 +46,9 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     model.width = 1024  # numbers a token
     model.heads = 16  # of attention, which divide the width
     model.attention = 'causal'  # or 'bidirectional': reads all tokens, and is sampled in parallel
-    model.remat = 'none'  # 'blocks': the backward pass computes each layer again: less memory, a third more time
+    # What the backward pass computes again: 'none', 'activations' (norms and GELU) or 'blocks' (each layer whole: less
+    # memory, a third more time).
+    model.remat = 'activations'
 
     config.masking = masking = ml_collections.ConfigDict()
     # Which tokens are corrupted: 'hybrid' (the paper's), 'random' or 'block' (pure [MASK]), 'random_ratio' (a share

@@ -20,6 +20,7 @@ REFUSAL = (
     'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 23.41G of 15.75G '
     'hbm. Exceeded hbm capacity by 7.66G.'
 )
+TEMPORARIES = 'the total memory required for HLO temporaries (53.86G) exceeds available HBM (15.75G).'
 
 
 def tiny_config(stage: str) -> ConfigDict:
@@ -232,6 +233,7 @@ def test_what_is_small_is_told_in_mib(tmp_path):
 
 def test_what_the_compiler_refuses_for_its_size_is_read_from_its_message():
     assert planner.needed_memory(REFUSAL) == pytest.approx(23.41 * GIB)
+    assert planner.needed_memory(f'RESOURCE_EXHAUSTED: Ran out of memory on HBM, {TEMPORARIES}') == 53.86 * GIB
     assert planner.needed_memory('INTERNAL: something else') == 0
 
 

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from vqroi_jax import hlo
 from vqroi_jax.decoding import Sampling
 from vqroi_jax.errors import InputError
+from vqroi_jax.models import layers
 from vqroi_jax.models.transformer import unstack
 from vqroi_jax.targets import GIB, Target
 from vqroi_jax.trained import TrainedVQGAN, decode_function, draw_function
@@ -32,11 +33,7 @@ from vqroi_jax.workdir import write_atomically
 COMPILED_FOLDER = 'compiled'
 FORMAT = 1  # of what is kept there; another one once `hlo` counts otherwise
 TRIES = 4  # batches that a search compiles after the first two
-REMATS = {  # settings of each stage's `model.remat`
-    'vqgan': ('none', 'activations', 'blocks'),
-    'transformer': ('none', 'blocks'),
-    'generate': ('',),
-}
+REMATS = {'vqgan': layers.REMATS, 'transformer': layers.REMATS, 'generate': ('',)}  # settings of `model.remat`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,8 +378,11 @@ def _measure(lowered: Any, name: str, rows: int, remat: str) -> Compiled:
 
 def needed_memory(message: str) -> float:
     """Bytes that a program needs which the compiler refused for that; 0 if it was refused for something else."""
-    found = re.search(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm', message)
-    return float(found[1]) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[found[2]] if found else 0.0
+    found = re.search(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|temporaries \(([\d.]+)([KMG])\) exceeds', message)
+    if not found:
+        return 0.0
+    number, unit = found.group(1, 2) if found[1] else found.group(3, 4)
+    return float(number) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[unit]
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -3,9 +3,10 @@
     python tests/benchmarks/stage1_step.py [--side=128] [--repeats=3] [--only=ours] [--config.FIELD=VALUE …]
 
 Paper scale, batch 1, float32, all loss terms on. The PyTorch side is the oracle of the parity tests. Both sides run in
-one process, a step of one after a step of the other; memory is the peak of resident memory of a process that does
-nothing else. Operations are counted as each side does them (multiplications and additions in matrix products and
-convolutions, PyTorch's by its own counter). Prints a Markdown table.
+one process in turn, two steps each, of which the second is timed: a run's step follows its own last one, and finds the
+memory that this has left. Memory is the peak of resident memory of a process that does nothing else. Operations are
+counted as each side does them (multiplications and additions in matrix products and convolutions, PyTorch's by its own
+counter). Prints a Markdown table.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from jax.extend.core import Jaxpr
 from vqroi_jax.training import partitioning, vqgan
 
 ROOT = Path(__file__).parents[2]
+Side = tuple[Callable[[], None], Callable[[], float]]  # takes one step, counts its operations
 MEMORY_STEPS = 2  # of the process that measures memory: the second shows what a run needs while it goes on
 
 
@@ -51,7 +53,7 @@ def volume(side: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(-1, 1, (1, side, side, side, 1)).astype(np.float32)
 
 
-def our_step(config: ml_collections.ConfigDict) -> tuple[Callable[[], None], Callable[[], float]]:
+def our_step(config: ml_collections.ConfigDict) -> Side:
     """Compiles our step; returns a function that takes one step and one that counts its operations."""
     mesh = partitioning.make_mesh({'data': 1})
     recipe = vqgan.make_recipe(config, classes=2, steps_per_epoch=94)
@@ -72,7 +74,7 @@ def our_step(config: ml_collections.ConfigDict) -> tuple[Callable[[], None], Cal
     return run, lambda: count_operations(jax.make_jaxpr(plain_step)(state[0], batch).jaxpr)
 
 
-def pytorch_step(config: ml_collections.ConfigDict) -> tuple[Callable[[], None], Callable[[], float]]:
+def pytorch_step(config: ml_collections.ConfigDict) -> Side:
     """The oracle's step, likewise."""
     sys.path.insert(0, str(ROOT / 'tests'))
     import torch
@@ -169,33 +171,43 @@ def main(arguments: list[str]) -> None:
 
     names = [options.only] if options.only else list(SIDES)
     memory = {name: peak_memory(arguments, name) for name in names}
-    print('peak memory, bytes:', memory, file=sys.stderr)
     rate = product_rate()
-    sides = {name: SIDES[name](config) for name in names}
+    print(f'{options.side}³, batch 1, float32, {os.cpu_count()} cores, matrix product {rate / 1e9:.0f} GFLOP/s\n')
+    compare_steps({name: SIDES[name](config) for name in names}, memory, options.repeats, rate)
+
+
+def compare_steps(sides: Mapping[str, Side], memory: Mapping[str, float], repeats: int, rate: float) -> None:
+    """Times the sides' steps, and prints a table and how many times the last, ours, is better than each of the others.
+
+    Args:
+        sides: by name.
+        memory: of each, bytes.
+        repeats: timed steps of each.
+        rate: of matrix products, operations a second.
+    """
     operations = {name: count() for name, (_, count) in sides.items()}
-    times = {name: [] for name in names}
-    for repeat in range(options.repeats + 1):
+    times = {name: [] for name in sides}
+    for _ in range(repeats):
         for name, (run, _) in sides.items():
             gc.collect()
-            elapsed = seconds(run)
-            if repeat > 0:  # the first compiles and warms up
-                times[name].append(elapsed)
-    print(f'{options.side}³, batch 1, float32, {os.cpu_count()} cores, matrix product {rate / 1e9:.0f} GFLOP/s\n')
+            run()
+            times[name].append(seconds(run))
     print('| | seconds a step (all) | core seconds a step | peak memory | TFLOP a step | GFLOP/s |')
     print('| --- | --- | --- | --- | --- | --- |')
-    medians = {name: [statistics.median(column) for column in zip(*times[name], strict=True)] for name in names}
+    medians = {name: [statistics.median(column) for column in zip(*times[name], strict=True)] for name in sides}
     for name, (median, core_median) in medians.items():
         print(
-            f'| {name} | {median:.1f} ({", ".join(f"{clock:.1f}" for clock, _ in times[name])}) | {core_median:.1f} '
+            f'| {name} | {median:.2f} ({", ".join(f"{clock:.2f}" for clock, _ in times[name])}) | {core_median:.2f} '
             f'| {memory[name] / 1e9:.1f} GB | {operations[name] / 1e12:.2f} | {operations[name] / median / 1e9:.0f} |'
         )
-    if len(names) == 2:
-        theirs, ours = medians.values()
-        ratios = [one / other for one, other in zip(theirs, ours, strict=True)]
+    print()
+    *others, own = sides
+    for name in others:
+        ratios = [theirs / ours for theirs, ours in zip(medians[name], medians[own], strict=True)]
         print(
-            f'\nPyTorch / ours: time {ratios[0]:.2f}, core time {ratios[1]:.2f}, '
-            f'memory {memory["PyTorch"] / memory["ours"]:.2f}'
+            f'{name} / {own}: time {ratios[0]:.2f}, core time {ratios[1]:.2f}, memory {memory[name] / memory[own]:.2f}'
         )
+    print(f'{own} / matrix products alone: {medians[own][0] * rate / operations[own]:.2f}')
 
 
 if __name__ == '__main__':

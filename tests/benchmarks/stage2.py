@@ -2,9 +2,10 @@
 
     python tests/benchmarks/stage2.py [--layers=24] [--width=1024] [--length=512] [--repeats=3] [--only=train]
 
-Training: a step of batch 3, masking included on our side, float32. The PyTorch side is the oracle of the parity tests.
-Both sides run in one process, a step of one after a step of the other; memory is the peak of resident memory of a
-process that does nothing else. Operations are counted as each side does them.
+Training: a step of batch 3, masking included on our side, float32. The PyTorch sides are the oracle of the parity
+tests, once with plain attention and optimiser, as the published code has them, and once with PyTorch's fused ones. All
+run in one process in turn, as in `stage1_step.py`, which says how; memory is the peak of resident memory of a process
+that does nothing else. Operations are counted as each side does them.
 
 Sampling: ours as it is, with the keys and values of earlier tokens kept. PyTorch's computes everything anew for each
 token: it is timed at a few lengths of what has been drawn, and the times in between are interpolated and added up; what
@@ -19,6 +20,7 @@ idle machine all the same: the load is printed with the tables.
 """
 
 import argparse
+import functools
 import gc
 import math
 import os
@@ -34,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from stage1_step import MEMORY_STEPS, count_operations, product_rate, seconds
+from stage1_step import MEMORY_STEPS, Side, compare_steps, count_operations, product_rate, seconds
 
 from vqroi_jax import decoding
 from vqroi_jax.models.transformer import unstack
@@ -49,7 +51,6 @@ SAMPLING_BATCHES = (1, 16)
 PARALLEL_BATCH, PARALLEL_PASSES = 16, 12
 RATES = 3  # of matrix products, the best of which counts: other programs can only lower it
 PREFIXES = 5  # lengths at which PyTorch's sampler is timed
-Side = tuple[Callable[[], None], Callable[[], float]]  # takes one step, counts its operations
 
 sys.path.insert(0, str(ROOT / 'tests'))  # for the oracle
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # read when PyTorch is loaded, which is later
@@ -104,32 +105,45 @@ def pytorch_sizes(options: argparse.Namespace):
     return Sizes(CODES, CLASSES, options.length, options.layers, options.width, options.width // HEAD_WIDTH)
 
 
-def pytorch_step(options: argparse.Namespace) -> Side:
-    """The oracle's step, likewise; half of its tokens are masked beforehand."""
+@functools.cache
+def pytorch_trainer(sizes):
+    """The oracle of these sizes with a batch; half of its tokens are masked beforehand."""
     import torch
     from oracle.torch_transformer import Trainer
+
+    torch.manual_seed(0)
+    trainer, tokens = Trainer(sizes), torch.from_numpy(make_tokens(sizes.length)).long()
+    corrupted = torch.where(torch.rand(tokens.shape) < 0.5, CODES, tokens)
+    return trainer, (corrupted, tokens, torch.arange(TRAINING_BATCH) % CLASSES, torch.ones_like(tokens).bool())
+
+
+def pytorch_step(options: argparse.Namespace, fused: bool) -> Side:
+    """The oracle's step, likewise; the same network whether fused or not."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    torch.manual_seed(0)
-    trainer, tokens = Trainer(pytorch_sizes(options)), torch.from_numpy(make_tokens(options.length)).long()
-    corrupted = torch.where(torch.rand(tokens.shape) < 0.5, CODES, tokens)
-    labels, counted = torch.arange(TRAINING_BATCH) % CLASSES, torch.ones_like(tokens, dtype=torch.bool)
+    trainer, batch = pytorch_trainer(pytorch_sizes(options))
 
     def run() -> None:
-        if not math.isfinite(trainer.step(corrupted, tokens, labels, counted)):
-            raise FloatingPointError("PyTorch's step is not finite")
+        trainer.fuse(fused)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH):
+            if not math.isfinite(trainer.step(*batch)):
+                raise FloatingPointError("PyTorch's step is not finite")
 
     def count() -> float:
         """Of plain attention, since the counter does not know the fused one of CPUs."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            run()
+            trainer.step(*batch)
         return counter.get_total_flops()
 
     return run, count
 
 
-STEPS = {'PyTorch': pytorch_step, 'ours': our_step}
+STEPS = {
+    'PyTorch, plain': functools.partial(pytorch_step, fused=False),
+    'PyTorch, fused': functools.partial(pytorch_step, fused=True),
+    'ours': our_step,
+}
 
 
 def peak_memory(arguments: Sequence[str], name: str) -> float:
@@ -141,28 +155,8 @@ def peak_memory(arguments: Sequence[str], name: str) -> float:
 def measure_training(options: argparse.Namespace, arguments: Sequence[str], rate: float) -> None:
     """Measures both sides' training steps and prints their table."""
     memory = {name: peak_memory(arguments, name) for name in STEPS}
-    sides = {name: make(options) for name, make in STEPS.items()}
-    operations = {name: count() for name, (_, count) in sides.items()}
-    times = {name: [] for name in STEPS}
-    for repeat in range(options.repeats + 1):
-        for name, (run, _) in sides.items():
-            elapsed = seconds(run)
-            if repeat > 0:  # the first compiles and warms up
-                times[name].append(elapsed)
     print(f'\nTraining step, batch {TRAINING_BATCH}; matrix product {rate / 1e9:.0f} GFLOP/s\n')
-    print('| | seconds a step (all) | core seconds a step | peak memory | TFLOP a step | GFLOP/s |')
-    print('| --- | --- | --- | --- | --- | --- |')
-    medians = {name: [statistics.median(column) for column in zip(*times[name], strict=True)] for name in STEPS}
-    for name, (median, core_median) in medians.items():
-        print(
-            f'| {name} | {median:.2f} ({", ".join(f"{clock:.2f}" for clock, _ in times[name])}) | {core_median:.2f} '
-            f'| {memory[name] / 1e9:.1f} GB | {operations[name] / 1e12:.2f} | {operations[name] / median / 1e9:.0f} |'
-        )
-    ratios = [theirs / ours for theirs, ours in zip(medians['PyTorch'], medians['ours'], strict=True)]
-    print(
-        f'\nPyTorch / ours: time {ratios[0]:.2f}, core time {ratios[1]:.2f}, '
-        f'memory {memory["PyTorch"] / memory["ours"]:.2f}'
-    )
+    compare_steps({name: make(options) for name, make in STEPS.items()}, memory, options.repeats, rate)
 
 
 def bandwidth() -> float:

@@ -16,7 +16,7 @@ from vqroi_jax.models.layers import (
     ResBlock,
     UpsampleConv3D,
     group_norm,
-    save_convolutions,
+    save_products,
     uniform_fan_in,
 )
 
@@ -152,7 +152,7 @@ def test_res_block_is_its_formula_with_one_shared_norm():
 
 def test_rematerialisation_keeps_convolutions_alone_and_changes_no_gradient():
     block = ResBlock(nn.relu, num_groups=4)
-    remat = nn.remat(ResBlock, policy=save_convolutions)(nn.relu, num_groups=4)
+    remat = nn.remat(ResBlock, policy=save_products)(nn.relu, num_groups=4)
     variables = block.init(KEY, VOLUME)
 
     def loss(module):

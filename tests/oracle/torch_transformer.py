@@ -127,6 +127,11 @@ class Trainer:
         groups = [{'params': kernels, 'weight_decay': 0.01}, {'params': others, 'weight_decay': 0.0}]
         self.optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
+    def fuse(self, fused: bool) -> None:
+        """Whether the optimiser runs as one fused operation or as PyTorch's default, with the same result."""
+        for group in self.optimiser.param_groups:
+            group['fused'] = fused
+
     def step(self, corrupted: Tensor, tokens: Tensor, labels: Tensor, counted: Tensor) -> float:
         """Takes one step; returns the loss before it."""
         self.optimiser.zero_grad()

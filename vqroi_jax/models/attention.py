@@ -5,13 +5,17 @@ dozen times; head by head and block by block they stay in the caches, and blocks
 computed. Source of the backward pass: Dao et al. 2022, *FlashAttention*, appendix B.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-_BLOCK = 128  # queries that are computed together; with fewer, products are small, with more, hidden ones are computed
+_BLOCK = 64  # queries that are computed together; with fewer, products are small, with more, hidden ones are computed
+_HEADS = 2  # that are computed side by side, so that two cores find work
 _HIDDEN = -1e30  # logit of what a causal mask hides
 
 
@@ -43,11 +47,11 @@ def _attend_forward(query, key, value, causal):
         return _native(query, key, value, causal), jnp.zeros((batch, heads, length), jnp.float32)
 
     def blocks(query, key, value):
-        of_head = partial(_head_forward, causal=causal)
-        result, log_sums = lax.map(lambda head: of_head(*head), _by_head(query, key, value))
+        result, log_sums = _map_heads(partial(_head_forward, causal=causal), _by_head(query, key, value))
         return _from_heads(result, query), log_sums.reshape(query.shape[0], query.shape[2], -1)
 
-    result, log_sums = lax.platform_dependent(query, key, value, cpu=blocks, default=native)
+    parts = lax.platform_dependent(query, key, value, cpu=blocks, default=native)
+    result, log_sums = (checkpoint_name(part, 'attention') for part in parts)
     return result, (query, key, value, result, log_sums)
 
 
@@ -58,14 +62,18 @@ def _attend_backward(causal, kept, gradient):
 
     def blocks(query, key, value, result, log_sums, gradient):
         heads = (*_by_head(query, key, value, result, gradient), log_sums.reshape(-1, log_sums.shape[-1]))
-        of_head = partial(_head_backward, causal=causal)
-        gradients = lax.map(lambda head: of_head(*head), heads)
+        gradients = _map_heads(partial(_head_backward, causal=causal), heads)
         return tuple(_from_heads(part, query) for part in gradients)
 
     return lax.platform_dependent(*kept, gradient, cpu=blocks, default=native)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _map_heads(of_head: Callable, heads: tuple[jax.Array, ...]) -> Any:
+    """What the function returns of each head, stacked, as the arguments are along their first axis."""
+    return lax.scan(lambda _, head: (None, of_head(*head)), None, heads, unroll=_HEADS)[1]
 
 
 def _by_head(*arrays: jax.Array) -> tuple[jax.Array, ...]:

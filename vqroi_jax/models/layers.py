@@ -17,9 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 from vqroi_jax.models import axes
 from vqroi_jax.models.convolution import conv3d, upsample_conv3d
 
-# Policy for `nn.remat`: the backward pass finds the convolutions' results and computes norms and activations again,
-# which costs little time and saves more than half of the memory.
-save_convolutions = jax.checkpoint_policies.save_only_these_names('convolution')
+# What a network's backward pass computes again, to save memory: nothing, norms and activations, or all within a block.
+REMATS = ('none', 'activations', 'blocks')
+
+# Policy for `nn.remat`: the backward pass finds the results of convolutions, linear layers and attention, and computes
+# norms and activations again, which costs little time and saves half of the memory or more.
+save_products = jax.checkpoint_policies.save_only_these_names('convolution', 'linear', 'attention')
 
 
 def uniform_within(fan_in: int) -> Initializer:
@@ -107,7 +110,7 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
         kernel = axes.put_together(kernel.astype(self.dtype), (*self.path, 'kernel'))
-        y = _linear(x.astype(self.dtype), kernel)
+        y = checkpoint_name(_linear(x.astype(self.dtype), kernel), 'linear')
         if not self.use_bias:
             return y
         bias_init = self.bias_init or uniform_within(x.shape[-1])
@@ -127,8 +130,8 @@ def _linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _linear_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
-    rows = tuple(range(x.ndim - 1))
-    return gradient @ kernel.T, jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
+    flat, upstream = (array.reshape(-1, array.shape[-1]) for array in (x, gradient))
+    return gradient @ kernel.T, jax.lax.dot_general(flat, upstream, (((0,), (0,)), ((), ())))
 
 
 _linear.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _linear_backward)

@@ -6,21 +6,16 @@ parallel decoding use it; `Block` also steps from token to token with the keys a
 `vqroi_jax.decoding` does. Source: section 2.4 of the design (minGPT's layers, Radford et al. 2019).
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vqroi_jax.models import axes
 from vqroi_jax.models.attention import attend
-from vqroi_jax.models.layers import Dense
+from vqroi_jax.models.layers import Dense, save_products
 
 _NORMAL = nn.initializers.normal(0.02)
 _MLP = 4  # width of the hidden layer over the width of the network
-
-# For the backward pass, this and the norms keep what they read and nothing else.
-_gelu = jax.checkpoint(partial(nn.gelu, approximate=False), prevent_cse=False)
 
 
 class Block(nn.Module):
@@ -60,7 +55,7 @@ class Block(nn.Module):
 
     def _finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         x = axes.keep_rows(x + self.projection(attended.reshape(x.shape)))
-        return axes.keep_rows(x + self.down(_gelu(self.up(self.norm_2(x)))))
+        return axes.keep_rows(x + self.down(nn.gelu(self.up(self.norm_2(x)), approximate=False)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, T, width]` to the same shape."""
@@ -100,7 +95,8 @@ class Transformer(nn.Module):
         width: of each, W.
         heads: of each; they divide the width.
         causal: whether a position sees itself and earlier ones alone.
-        remat: what the backward pass computes again, to save memory: 'none' or 'blocks' (a third more time).
+        remat: what the backward pass computes again, to save memory: 'none', 'activations' (norms and activations of
+            the blocks: the least time as well) or 'blocks' (all but what goes into each, a third more time).
         dtype: of products and activations; parameters, softmax, norms' statistics and logits are float32.
     """
 
@@ -119,7 +115,10 @@ class Transformer(nn.Module):
         self.position_embedding = self.param(
             'position_embedding', nn.initializers.zeros, (self.positions, self.width), jnp.float32
         )
-        block = nn.remat(Block, prevent_cse=False) if self.remat == 'blocks' else Block
+        block = Block
+        if self.remat != 'none':
+            policy = save_products if self.remat == 'activations' else None
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
         self.blocks = block(self.width, self.heads, self.causal, self.dtype)
         self.norm = layer_norm(self.dtype)
         self.head = Dense(self.vocabulary, self.dtype, _NORMAL, use_bias=False)
@@ -150,7 +149,7 @@ class Transformer(nn.Module):
 
 def layer_norm(dtype: jnp.dtype) -> nn.LayerNorm:
     """Layer normalisation with scale and bias, eps 1e-5; statistics in float32."""
-    return nn.remat(nn.LayerNorm, prevent_cse=False)(epsilon=1e-5, use_fast_variance=False, dtype=dtype)
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype)
 
 
 def unstack(params: dict) -> dict:

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqroi_jax.models.layers import Conv3D, GroupNorm, ResBlock, UpsampleConv3D, save_convolutions, uniform_fan_in
+from vqroi_jax.models.layers import Conv3D, GroupNorm, ResBlock, UpsampleConv3D, save_products, uniform_fan_in
 from vqroi_jax.models.quantizer import Codebook, l2_normalise
 from vqroi_jax.models.scorer import AuxiliaryClassifier, Scorer
 
@@ -152,8 +152,8 @@ class VQGAN(nn.Module):
         dense = {'kernel_size': 1, 'padding': 0, 'kernel_init': uniform_fan_in, 'dtype': self.dtype}
         encoder, decoder = Encoder, Decoder
         if self.remat == 'activations':
-            encoder = nn.remat(Encoder, policy=save_convolutions)
-            decoder = nn.remat(Decoder, methods=('__call__',), policy=save_convolutions)
+            encoder = nn.remat(Encoder, policy=save_products)
+            decoder = nn.remat(Decoder, methods=('__call__',), policy=save_products)
         self.encoder = encoder(self.channels, self.hidden, res_blocks=self.encoder_res_blocks, **shared)
         self.pre_quantisation = Conv3D(self.code_features, **dense)
         self.codebook = Codebook(self.codes, self.code_features)

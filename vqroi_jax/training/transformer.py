@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from vqroi_jax import masking
 from vqroi_jax.errors import InputError
+from vqroi_jax.models.layers import REMATS
 from vqroi_jax.models.transformer import Transformer
 from vqroi_jax.training import optimizers, partitioning
 from vqroi_jax.training.durations import to_steps
@@ -72,7 +73,7 @@ def make_model(config: ml_collections.ConfigDict, codes: int, classes: int, leng
         ('dtype', config.dtype, ('float32', 'bfloat16')),
         ('loss_on', config.loss_on, ('all', 'masked')),
         ('model.attention', model.attention, ('causal', 'bidirectional')),
-        ('model.remat', model.remat, ('none', 'blocks')),
+        ('model.remat', model.remat, REMATS),
     ):
         if value not in known:
             raise InputError(f'config.{field}={value!r}: choose one of {", ".join(known)}')

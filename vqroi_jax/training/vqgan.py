@@ -26,6 +26,7 @@ from vqroi_jax import losses
 from vqroi_jax.errors import InputError
 from vqroi_jax.models import perceptual, quantizer
 from vqroi_jax.models.discriminator import Discriminator
+from vqroi_jax.models.layers import REMATS
 from vqroi_jax.models.scorer import CLASSIFIER_GROUPS
 from vqroi_jax.models.vqgan import VQGAN
 from vqroi_jax.training import optimizers, partitioning
@@ -145,7 +146,7 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
     for field, value, known in (
         ('perceptual', config.perceptual, ('vgg16', 'none')),
         ('dtype', config.dtype, ('float32', 'bfloat16')),
-        ('model.remat', model.remat, ('none', 'activations', 'blocks')),
+        ('model.remat', model.remat, REMATS),
     ):
         if value not in known:
             raise InputError(f'config.{field}={value!r}: choose one of {", ".join(known)}')
