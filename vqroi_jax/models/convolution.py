@@ -17,11 +17,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from vqroi_jax.models import axes, slab_convolution
+
+# Tap t of a kernel of 3 reads, for the first voxel of a window, the window's side (0, 0, 1)[t]; for the second
+# (0, 1, 1)[t]: [side, voxel, tap]. In three dimensions: which taps a side of a voxel adds up, [64, 27].
+_TAP = np.array([[[1, 1, 0], [1, 0, 0]], [[0, 0, 1], [0, 1, 1]]])
+_TAPS = np.einsum('auk,bvl,cwm->abcuvwklm', _TAP, _TAP, _TAP).reshape(64, 27)
 
 Padding = tuple[int, int]  # zeros on both sides of the depth axis, and of height and width
 
@@ -86,11 +92,10 @@ def upsample_conv3d(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = No
 
 def _upsample(x: jax.Array, kernel: jax.Array, bias: jax.Array, depth_padding: int) -> jax.Array:
     """`upsample_conv3d`, of a volume that already has so much of its border along depth."""
-    # Tap t of the kernel reads, for the first voxel of a window, the window's side (0, 0, 1)[t]; for the second
-    # (0, 1, 1)[t].
-    taps = jnp.array([[[1, 1, 0], [1, 0, 0]], [[0, 0, 1], [0, 1, 1]]], kernel.dtype)  # [side, voxel, tap]
-    phases = jnp.einsum('auk,bvl,cwm,klmio->abciuvwo', taps, taps, taps, kernel)
-    y = _conv(x, phases.reshape(2, 2, 2, x.shape[-1], -1), jnp.tile(bias, 8), 1, (depth_padding, 1))
+    channels, features = kernel.shape[3:]
+    phases = (jnp.asarray(_TAPS, kernel.dtype) @ kernel.reshape(27, -1)).reshape(2, 2, 2, 8, channels, features)
+    phases = phases.swapaxes(3, 4).reshape(2, 2, 2, channels, 8 * features)
+    y = _conv(x, phases, jnp.tile(bias, 8), 1, (depth_padding, 1))
     batch, d, h, w, _ = y.shape
     y = y.reshape(batch, d, h, w, 2, 2, 2, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
     return y.reshape(batch, 2 * d, 2 * h, 2 * w, -1)[:, 1:-1, 1:-1, 1:-1]
