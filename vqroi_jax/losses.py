@@ -46,6 +46,7 @@ def _slope(x: jax.Array, axis: int) -> jax.Array:
     return after - before
 
 
+@jax.named_scope('image_gradient')
 def image_gradient(reconstruction: jax.Array, volume: jax.Array) -> jax.Array:
     """Squared difference of Sobel responses, for slices along each of the three axes.
 

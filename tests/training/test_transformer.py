@@ -144,9 +144,11 @@ def test_micro_batches_change_nothing(changes):
     np.testing.assert_allclose([other['loss'], other['top1']], [metrics['loss'], metrics['top1']], rtol=1e-5)
 
 
-def test_rematerialisation_changes_nothing():
+@pytest.mark.parametrize('remat', ['none', pytest.param('blocks', marks=pytest.mark.long)])
+def test_rematerialisation_changes_nothing(remat):
     recipe, state = start()
-    again = make_recipe(**{'model.remat': 'blocks'})
+    assert recipe.model.remat == 'activations'
+    again = make_recipe(**{'model.remat': remat})
     example = example_of(recipe)
     expected, _ = gradients_of(recipe, state.params, example)
     actual, _ = gradients_of(again, state.params, example)

@@ -443,33 +443,31 @@ def update(recipe: Recipe, state: VQGANState, batch: Batch, noise: Noise, weight
     codebook, codebook_metrics = _update_codebook(recipe, state, grads.normalised, grads.tokens)
     rate = recipe.rate(state.step)
 
-    updates, optimizer = recipe.optimizer.update(grads.params, state.optimizer, state.params)
-    params = optimizers.apply(state.params, updates, rate)
-    updates, discriminator_optimizer = recipe.optimizer.update(
-        grads.discriminator, state.discriminator_optimizer, state.discriminator
-    )
-    discriminator = optimizers.apply(state.discriminator, updates, rate)
-    average = None
-    if recipe.settings.ema_decay > 0:
-        average = optax.incremental_update(params, state.average, 1 - recipe.settings.ema_decay)
+    with jax.named_scope('optimizer'):
+        updates, optimizer = recipe.optimizer.update(grads.params, state.optimizer, state.params)
+        params = optimizers.apply(state.params, updates, rate)
+        updates, discriminator_optimizer = recipe.optimizer.update(
+            grads.discriminator, state.discriminator_optimizer, state.discriminator
+        )
+        discriminator = optimizers.apply(state.discriminator, updates, rate)
+        average = None
+        if recipe.settings.ema_decay > 0:
+            average = optax.incremental_update(params, state.average, 1 - recipe.settings.ema_decay)
 
-    norm = optax.tree.norm(grads.params)
-    discriminator_norm = optax.tree.norm(grads.discriminator)
-    finite = jnp.isfinite(grads.metrics['loss'] + grads.metrics['hinge'] + norm + discriminator_norm)
-    playing = finite & (state.step >= recipe.adversarial_start)
+        norm = optax.tree.norm(grads.params)
+        discriminator_norm = optax.tree.norm(grads.discriminator)
+        finite = jnp.isfinite(grads.metrics['loss'] + grads.metrics['hinge'] + norm + discriminator_norm)
+        playing = finite & (state.step >= recipe.adversarial_start)
 
-    def choose(flag, new, old):
-        return jax.tree.map(lambda n, o: jnp.where(flag, n, o), new, old)
-
-    new_state = VQGANState(
-        step=state.step + 1,
-        params=choose(finite, params, state.params),
-        discriminator=choose(playing, discriminator, state.discriminator),
-        codebook=choose(finite, codebook, state.codebook),
-        optimizer=choose(finite, optimizer, state.optimizer),
-        discriminator_optimizer=choose(playing, discriminator_optimizer, state.discriminator_optimizer),
-        average=choose(finite, average, state.average),
-    )
+        new_state = VQGANState(
+            step=state.step + 1,
+            params=optimizers.where(finite, params, state.params),
+            discriminator=optimizers.where(playing, discriminator, state.discriminator),
+            codebook=optimizers.where(finite, codebook, state.codebook),
+            optimizer=optimizers.where(finite, optimizer, state.optimizer),
+            discriminator_optimizer=optimizers.where(playing, discriminator_optimizer, state.discriminator_optimizer),
+            average=optimizers.where(finite, average, state.average),
+        )
     return new_state, {
         **grads.metrics,
         **codebook_metrics,

@@ -1,0 +1,107 @@
+"""Where does the time of a training step of stage 1 go?
+
+    python tests/benchmarks/stage1_parts.py [--side=128] [--config.FIELD=VALUE …]
+
+One step of our side of `stage1_step.py` is traced by JAX's profiler. Each moment counts for what runs then, in equal
+shares where several operations run side by side; moments in which none is seen (an asynchronous product, the loops'
+own work, waiting) have a row of their own. An operation belongs to the module in whose name it was traced, forward and
+backward together. Products are those of matrices and convolutions. Prints a Markdown table.
+"""
+
+import argparse
+import collections
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+from stage1_step import count_operations, make_step, product_rate, settings
+
+PARTS = {  # by what the name of an operation contains, the first that does
+    'optimiser': r'\boptimizer/',
+    'LPIPS': r'\bLPIPS\b',
+    'discriminator': r'\bDiscriminator\b',
+    'image gradient': r'image_gradient',
+    'scorer and classifier': r'\b(scorer|classifier)\b',
+    'encoder': r'\bencoder/',
+    **{f'decoder, level {level}': rf'\bdecoder/(conv|norm|block)_{level}(_|/)' for level in range(9)},
+}
+OTHER, UNSEEN = 'everything else', 'not seen by the profiler'
+CONTAINERS = re.compile(r'(while|call|conditional)\b')  # instructions that run others
+
+
+def part_of(name: str) -> str:
+    """The part of the step that an operation of this name belongs to."""
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), OTHER)
+
+
+def names_of_instructions(hlo: str) -> dict[str, str]:
+    """The `op_name` of each instruction of a compiled program; '' where it has none."""
+    found = re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$', hlo, re.MULTILINE)
+    names = {instruction: re.search(r'op_name="([^"]*)"', text) for instruction, text in found}
+    return {instruction: name[1] if name else '' for instruction, name in names.items()}
+
+
+def time_by_part(trace: Path, names: dict[str, str]) -> tuple[collections.Counter, collections.Counter]:
+    """Seconds of each part in a trace, and of those the seconds of products."""
+    (file,) = trace.rglob('*.xplane.pb')
+    changes = []
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                if event.name in names and not CONTAINERS.match(event.name):
+                    changes.append((event.start_ns, 1, event.name))
+                    changes.append((event.start_ns + event.duration_ns, -1, event.name))
+    changes.sort()
+    times, running, last = collections.Counter(), collections.Counter(), changes[0][0]
+    products = collections.Counter()
+    for now, change, name in changes:
+        shares = [part_of(names[one]) for one, number in running.items() if number > 0]
+        for part in shares or [UNSEEN]:
+            times[part] += (now - last) / 1e9 / max(len(shares), 1)
+        for one in (one for one, number in running.items() if number > 0 and re.match(r'ynn|dot|conv', one)):
+            products[part_of(names[one])] += (now - last) / 1e9 / len(shares)
+        running[name] += change
+        last = now
+    return times, products
+
+
+def main(arguments: list[str]) -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--side', type=int, default=128, help='voxels')
+    options, fields = parser.parse_known_args(arguments)
+    config = settings(options.side, dict(field.removeprefix('--config.').split('=', 1) for field in fields))
+    rate = product_rate()
+    step, (state, batch, weights), plain_step = make_step(config)
+    compiled = step.lower(state, batch, weights).compile()
+    for _ in range(2):
+        state, metrics = compiled(state, batch, weights)
+        jax.block_until_ready(metrics)
+    with tempfile.TemporaryDirectory() as folder:
+        detailed = jax.profiler.ProfileOptions()
+        detailed.host_tracer_level, detailed.python_tracer_level = 3, 0
+        with jax.profiler.trace(folder, profiler_options=detailed):
+            state, metrics = compiled(state, batch, weights)
+            jax.block_until_ready(metrics)
+        times, products = time_by_part(Path(folder), names_of_instructions(compiled.as_text()))
+    operations = collections.Counter()
+    count_operations(jax.make_jaxpr(plain_step)(state, batch).jaxpr, by_name=operations)
+    tera = collections.Counter()
+    for name, number in operations.items():
+        tera[part_of(name)] += number / 1e12
+
+    total = sum(times.values())
+    print(f'{options.side}³, batch 1, float32, matrix product {rate / 1e9:.0f} GFLOP/s; a step of {total:.2f} s\n')
+    print('| part | ms | share | of it products | TFLOP | GFLOP/s |')
+    print('| --- | --- | --- | --- | --- | --- |')
+    for part, seconds in times.most_common():
+        print(
+            f'| {part} | {1e3 * seconds:.0f} | {100 * seconds / total:.0f} % | {100 * products[part] / seconds:.0f} % '
+            f'| {tera[part]:.2f} | {1e3 * tera[part] / seconds:.0f} |'
+        )
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
