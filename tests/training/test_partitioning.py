@@ -45,6 +45,13 @@ def test_mesh_takes_all_devices_or_as_many_as_asked():
     assert sizes(partitioning.make_mesh({'fsdp': 2, 'spatial': -1}, jax.devices()[:6])) == {'fsdp': 2, 'spatial': 3}
 
 
+def test_devices_that_nothing_uses_are_told(capsys):
+    assert partitioning.make_mesh({'data': -1, 'model': 3}).devices.size == 6
+    assert capsys.readouterr().out == 'note: config.mesh.data=-1 makes 2 of it: 6 of 8 devices are used\n'
+    partitioning.make_mesh({'data': -1, 'model': 2})
+    assert capsys.readouterr().out == ''
+
+
 @pytest.mark.parametrize('name', ['vqgan', 'transformer', 'classifier', 'generate'])
 def test_configs_have_axes_of_the_mesh_alone(name):
     settings = runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config']('smoke').mesh

@@ -30,7 +30,7 @@ def make_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None 
     """The mesh of a config's block `mesh`, with all four axes; those that the block does not name have one device.
 
     Devices are taken host by host, the last axis (`spatial`) first, so that axes with much traffic stay within a host
-    as long as it has the devices.
+    as long as it has the devices. Prints a note where an axis of -1 cannot take all that are left.
 
     Args:
         settings: devices along each axis; -1 in one of them takes all that are left.
@@ -67,6 +67,8 @@ def make_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None 
         raise InputError(
             f'config.mesh ({asked}): a run on several hosts uses all {len(devices)} devices; set config.mesh.data=-1'
         )
+    if filling and used < len(devices):
+        print(f'note: config.mesh.{filling[0]}=-1 makes {left} of it: {used} of {len(devices)} devices are used')
     mesh = Mesh(np.asarray(devices[:used]).reshape([sizes[axis] for axis in AXES]), AXES)
     _row_groups(mesh)
     return mesh
