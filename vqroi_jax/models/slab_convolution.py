@@ -176,5 +176,5 @@ def _correlation(a: jax.Array, b: jax.Array) -> jax.Array:
 
     Over one axis and not three, for which XLA:CPU would first turn `a` over in memory.
     """
-    flat = (array.reshape(-1, array.shape[-1]) for array in (a, b))
-    return lax.dot_general(*flat, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    a, b = (array.reshape(-1, array.shape[-1]) for array in (a, b))
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
