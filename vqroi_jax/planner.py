@@ -378,11 +378,8 @@ def _measure(lowered: Any, name: str, rows: int, remat: str) -> Compiled:
 
 def needed_memory(message: str) -> float:
     """Bytes that a program needs which the compiler refused for that; 0 if it was refused for something else."""
-    found = re.search(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|temporaries \(([\d.]+)([KMG])\) exceeds', message)
-    if not found:
-        return 0.0
-    number, unit = found.group(1, 2) if found[1] else found.group(3, 4)
-    return float(number) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[unit]
+    found = re.search(r'(?:Used |temporaries \()([\d.]+)([KMG])(?: of [\d.]+[KMG] hbm|\) exceeds)', message)
+    return float(found[1]) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[found[2]] if found else 0.0
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

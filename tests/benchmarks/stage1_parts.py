@@ -28,6 +28,7 @@ PARTS = {  # by what the name of an operation contains, the first that does
     **{f'decoder, level {level}': rf'\bdecoder/(conv|norm|block)_{level}(_|/)' for level in range(9)},
 }
 OTHER, UNSEEN = 'everything else', 'not seen by the profiler'
+PRODUCTS = re.compile(r'ynn|dot|conv(?!ert)')
 CONTAINERS = re.compile(r'(while|call|conditional)\b')  # instructions that run others
 
 
@@ -51,18 +52,19 @@ def time_by_part(trace: Path, names: dict[str, str]) -> tuple[collections.Counte
         for line in plane.lines:
             for event in line.events:
                 if event.name in names and not CONTAINERS.match(event.name):
-                    changes.append((event.start_ns, 1, event.name))
-                    changes.append((event.start_ns + event.duration_ns, -1, event.name))
+                    changes += [(event.start_ns, 1, event.name), (event.start_ns + event.duration_ns, -1, event.name)]
     changes.sort()
-    times, running, last = collections.Counter(), collections.Counter(), changes[0][0]
-    products = collections.Counter()
-    for now, change, name in changes:
-        shares = [part_of(names[one]) for one, number in running.items() if number > 0]
-        for part in shares or [UNSEEN]:
-            times[part] += (now - last) / 1e9 / max(len(shares), 1)
-        for one in (one for one, number in running.items() if number > 0 and re.match(r'ynn|dot|conv', one)):
-            products[part_of(names[one])] += (now - last) / 1e9 / len(shares)
-        running[name] += change
+    times, products, last = collections.Counter(), collections.Counter(), changes[0][0]
+    running: collections.Counter[str] = collections.Counter()
+    for now, change, instruction in changes:
+        share = (now - last) / 1e9 / max(len(running), 1)
+        for one in running:
+            times[part_of(names[one])] += share
+            products[part_of(names[one])] += share if PRODUCTS.match(one) else 0
+        times[UNSEEN] += 0 if running else share
+        running[instruction] += change
+        if not running[instruction]:
+            del running[instruction]
         last = now
     return times, products
 
@@ -86,10 +88,8 @@ def main(arguments: list[str]) -> None:
             state, metrics = compiled(state, batch, weights)
             jax.block_until_ready(metrics)
         times, products = time_by_part(Path(folder), names_of_instructions(compiled.as_text()))
-    operations = collections.Counter()
-    count_operations(jax.make_jaxpr(plain_step)(state, batch).jaxpr, by_name=operations)
     tera = collections.Counter()
-    for name, number in operations.items():
+    for name, number in count_operations(jax.make_jaxpr(plain_step)(state, batch).jaxpr).items():
         tera[part_of(name)] += number / 1e12
 
     total = sum(times.values())

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -67,7 +67,7 @@ def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, tuple, Calla
     def plain_step(state, batch):
         return vqgan.update(recipe, state, batch, vqgan.draw_noise(recipe, state.step, 1), recipe.lpips_weights)
 
-    return step, (state, batch, recipe.lpips_weights), plain_step
+    return step, (state, batch, jax.device_put(recipe.lpips_weights, partitioning.replicated(mesh))), plain_step
 
 
 def our_step(config: ml_collections.ConfigDict) -> Side:
@@ -81,7 +81,7 @@ def our_step(config: ml_collections.ConfigDict) -> Side:
         if not metrics['finite']:
             raise FloatingPointError('our step is not finite')
 
-    return run, lambda: count_operations(jax.make_jaxpr(plain_step)(kept[0], batch).jaxpr)
+    return run, lambda: count_operations(jax.make_jaxpr(plain_step)(kept[0], batch).jaxpr).total()
 
 
 def pytorch_step(config: ml_collections.ConfigDict) -> Side:
@@ -114,45 +114,42 @@ def pytorch_step(config: ml_collections.ConfigDict) -> Side:
 SIDES = {'PyTorch': pytorch_step, 'ours': our_step}
 
 
-def count_operations(
-    jaxpr: Jaxpr, platform: str = 'cpu', by_name: collections.Counter | None = None, outer: str = '', times: int = 1
-) -> float:
+def count_operations(jaxpr: Jaxpr, platform: str = 'cpu', outer: str = '', times: int = 1) -> collections.Counter[str]:
     """Multiplications and additions in a program's matrix products and convolutions, loops counted as often as run.
 
     Args:
         jaxpr: the program.
         platform: whose branch is taken where platforms differ.
-        by_name: also gets the number of each name that operations were traced in, such as 'jvp(VQGAN)/encoder/conv_0'.
         outer: the name in which the program itself was called.
         times: how often it is run.
+
+    Returns:
+        Their numbers by the name that they were traced in, such as '/jvp(VQGAN)/encoder/conv_0'.
     """
-    total = 0.0
+    operations: collections.Counter[str] = collections.Counter()
     for equation in jaxpr.eqns:
-        kind, values, own = equation.primitive.name, equation.params, 0.0
+        kind, values = equation.primitive.name, equation.params
         name = f'{outer}/{equation.source_info.name_stack}'
         if kind == 'dot_general':
             (contracted, _), _ = values['dimension_numbers']
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            own = 2.0 * depth * equation.outvars[0].aval.size * times
+            operations[name] += 2 * depth * equation.outvars[0].aval.size * times
         elif kind == 'conv_general_dilated':
             numbers, kernel = values['dimension_numbers'], equation.invars[1].aval
-            features = kernel.shape[numbers.rhs_spec[0]]
-            own = 2 * equation.outvars[0].aval.size * kernel.size / features / values['batch_group_count'] * times
+            features = kernel.shape[numbers.rhs_spec[0]] * values['batch_group_count']
+            operations[name] += 2 * equation.outvars[0].aval.size * kernel.size // features * times
         elif kind == 'cond' and values.get('branches_platforms') is not None:
             chosen = next(
                 i for i, names in enumerate(values['branches_platforms']) if names is None or platform in names
             )
-            total += count_operations(values['branches'][chosen].jaxpr, platform, by_name, name, times)
+            operations += count_operations(values['branches'][chosen].jaxpr, platform, name, times)
         else:
             inner_times = times * (values['length'] if kind == 'scan' else 1)
             for value in jax.tree.leaves(tuple(values.values()), is_leaf=lambda leaf: hasattr(leaf, 'eqns')):
                 inner = getattr(value, 'jaxpr', value)
                 if hasattr(inner, 'eqns'):
-                    total += count_operations(inner, platform, by_name, name, inner_times)
-        if by_name is not None and own:
-            by_name[name] += own
-        total += own
-    return total
+                    operations += count_operations(inner, platform, name, inner_times)
+    return operations
 
 
 def seconds(run: Callable[[], None]) -> tuple[float, float]:
@@ -170,9 +167,9 @@ def product_rate() -> float:
     return 2 * 4096**3 / statistics.median(seconds(lambda: product(a, a).block_until_ready())[0] for _ in range(7))
 
 
-def peak_memory(arguments: list[str], name: str) -> float:
-    """Peak resident bytes of a process that takes a few steps of one side."""
-    command = [sys.executable, __file__, *arguments, f'--memory={name}']
+def peak_memory(script: str, arguments: Sequence[str], name: str) -> float:
+    """Peak resident bytes of a process of a benchmark that takes a few steps of one side."""
+    command = [sys.executable, script, *arguments, f'--memory={name}']
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
@@ -194,7 +191,7 @@ def main(arguments: list[str]) -> None:
         return
 
     names = [options.only] if options.only else list(SIDES)
-    memory = {name: peak_memory(arguments, name) for name in names}
+    memory = {name: peak_memory(__file__, arguments, name) for name in names}
     rate = product_rate()
     print(f'{options.side}³, batch 1, float32, {os.cpu_count()} cores, matrix product {rate / 1e9:.0f} GFLOP/s\n')
     compare_steps({name: SIDES[name](config) for name in names}, memory, options.repeats, rate)

@@ -27,7 +27,6 @@ import os
 import resource
 import runpy
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from stage1_step import MEMORY_STEPS, Side, compare_steps, count_operations, product_rate, seconds
+from stage1_step import MEMORY_STEPS, Side, compare_steps, count_operations, peak_memory, product_rate, seconds
 
 from vqroi_jax import decoding
 from vqroi_jax.models.transformer import unstack
@@ -95,7 +94,7 @@ def our_step(options: argparse.Namespace) -> Side:
         keys = transformer.draw_keys(recipe, state.step, TRAINING_BATCH).masking
         return transformer.update(recipe, state, transformer.make_example(recipe, keys, tokens, scores, label))
 
-    return run, lambda: count_operations(jax.make_jaxpr(plain_step)(state[0]).jaxpr)
+    return run, lambda: count_operations(jax.make_jaxpr(plain_step)(state[0]).jaxpr).total()
 
 
 def pytorch_sizes(options: argparse.Namespace):
@@ -146,16 +145,22 @@ STEPS = {
 }
 
 
-def peak_memory(arguments: Sequence[str], name: str) -> float:
-    """Peak resident bytes of a process that takes a few training steps of one side."""
-    command = [sys.executable, __file__, *arguments, f'--memory={name}']
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+def pytorch_product_rate() -> float:
+    """Operations a second of PyTorch's 4096 x 4096 float32 matrix product."""
+    import torch
+
+    a = torch.ones((4096, 4096))
+    return 2 * 4096**3 / seconds(lambda: a @ a)[0]
 
 
 def measure_training(options: argparse.Namespace, arguments: Sequence[str], rate: float) -> None:
     """Measures both sides' training steps and prints their table."""
-    memory = {name: peak_memory(arguments, name) for name in STEPS}
-    print(f'\nTraining step, batch {TRAINING_BATCH}; matrix product {rate / 1e9:.0f} GFLOP/s\n')
+    memory = {name: peak_memory(__file__, arguments, name) for name in STEPS}
+    theirs = max(pytorch_product_rate() for _ in range(RATES))
+    print(
+        f'\nTraining step, batch {TRAINING_BATCH}; matrix product {rate / 1e9:.0f} GFLOP/s, '
+        f"PyTorch's {theirs / 1e9:.0f}\n"
+    )
     compare_steps({name: make(options) for name, make in STEPS.items()}, memory, options.repeats, rate)
 
 

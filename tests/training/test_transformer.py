@@ -144,7 +144,7 @@ def test_micro_batches_change_nothing(changes):
     np.testing.assert_allclose([other['loss'], other['top1']], [metrics['loss'], metrics['top1']], rtol=1e-5)
 
 
-@pytest.mark.parametrize('remat', ['none', pytest.param('blocks', marks=pytest.mark.long)])
+@pytest.mark.parametrize('remat', ['none', 'blocks'])
 def test_rematerialisation_changes_nothing(remat):
     recipe, state = start()
     assert recipe.model.remat == 'activations'

@@ -122,8 +122,8 @@ class Dense(nn.Module):
 def _linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x` [..., in] times `kernel` [in, out].
 
-    JAX's own rule finds the kernel's gradient as [out, in] and turns it over, from which XLA:CPU makes a copy of the
-    upstream gradient and the slowest kind of product.
+    JAX's own rule finds the kernel's gradient as [out, in] and turns it over, and sums over several axes, batch and
+    length; of either XLA:CPU makes a copy that is turned over in memory.
     """
     return x @ kernel
 

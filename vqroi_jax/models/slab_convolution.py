@@ -116,11 +116,11 @@ def _walk(
             windows = _windows(_rows(plane, slab * rows, rows + k - 1), k, rows, sides[2])
             if weights is not None:
                 earlier = _rows(sums, slab * rows, rows)[..., :-features]
-                new = jnp.matmul(windows, weights, preferred_element_type=jnp.float32)
+                new = _product(windows, weights, (3,), (0,))
                 new += jnp.pad(earlier, ((0, 0), (0, 0), (0, 0), (features, 0)))
                 sums = lax.dynamic_update_slice_in_dim(sums, new, slab * rows, 1)
             if companion is not None:
-                total += _correlation(windows, _rows(others, slab * rows, rows))
+                total += _product(windows, _rows(others, slab * rows, rows), (0, 1, 2), (0, 1, 2))
             return sums, total
 
         sums, total = lax.fori_loop(0, slabs, one_slab, (sums, total))
@@ -171,10 +171,5 @@ def _windows(rows: jax.Array, k: int, height: int, width: int) -> jax.Array:
     return jnp.concatenate([rows[:, i : i + height, j : j + width] for i, j in starts], -1)
 
 
-def _correlation(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Sums of products over all axes but the last, float32 [last of a, last of b].
-
-    Over one axis and not three, for which XLA:CPU would first turn `a` over in memory.
-    """
-    a, b = (array.reshape(-1, array.shape[-1]) for array in (a, b))
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+def _product(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:
+    return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)

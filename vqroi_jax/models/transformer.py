@@ -96,7 +96,7 @@ class Transformer(nn.Module):
         heads: of each; they divide the width.
         causal: whether a position sees itself and earlier ones alone.
         remat: what the backward pass computes again, to save memory: 'none', 'activations' (norms and activations of
-            the blocks: the least time as well) or 'blocks' (all but what goes into each, a third more time).
+            the blocks) or 'blocks' (all but what goes into each, a third more time).
         dtype: of products and activations; parameters, softmax, norms' statistics and logits are float32.
     """
 
