@@ -146,8 +146,9 @@ def draw(tables: dict[str, list[Row]], path: Path) -> None:
             axes.plot(sizes, values, color=COLOURS[line], marker='o')
             axes.set_xticks(sizes, [f'{size:g}' for size in sizes])
             ends = min(values), max(values)
+            ends = ends if ends[1] > 1.3 * ends[0] else ends[1:]  # else one would stand on the other
             axes.set_yticks(ends, [f'{end:,.0f}' if end >= 1000 else f'{end:.3g}' for end in ends])
-            axes.set_ylim(ends[0] / 2, ends[1] * 2)
+            axes.set_ylim(ends[0] / 2, ends[-1] * 2)
             axes.set_xlabel(title)
             axes.set_ylabel(unit)
     save_figure(page.figure, path)

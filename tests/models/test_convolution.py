@@ -1,5 +1,8 @@
 """Convolutions against `lax.conv_general_dilated` and its own derivatives."""
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vqroi_jax import hlo
 from vqroi_jax.models import convolution, slab_convolution
 from vqroi_jax.models.axes import AXES, ROWS, VOLUMES
 from vqroi_jax.models.convolution import conv3d, upsample_conv3d
@@ -52,6 +56,20 @@ def result_and_gradients(function, inputs):
         return result, *pull(jnp.asarray(np.random.default_rng(1).normal(size=result.shape), result.dtype))
 
     return jax.jit(everything)(*inputs)
+
+
+def on_devices(function, inputs, split, shape):
+    """The compiled text of `result_and_gradients` on a mesh of this shape, and what it gives."""
+    mesh = Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), AXES)
+
+    def on_mesh(*inputs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return result_and_gradients(function, inputs)
+
+    places = [NamedSharding(mesh, spec) for spec in (split, WHOLE, WHOLE)]
+    compiled = jax.jit(on_mesh, in_shardings=places).lower(*inputs).compile()
+    results = compiled(*(jax.device_put(x, place) for x, place in zip(inputs, places, strict=True)))
+    return compiled.as_text(), results
 
 
 def assert_same(ours, theirs, tolerance=1e-5):
@@ -191,24 +209,29 @@ SPLIT = {  # case, mesh of data and spatial, and how many slices of the result e
 def test_a_volume_split_along_depth_equals_a_whole_one(name):
     (*sizes, stride, padding), shape, slices = SPLIT[name]
     inputs = arguments(*sizes)
-    mesh = Mesh(np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape[0], 1, 1, shape[1]), AXES)
 
     def convolve(*inputs):
         if name == 'upsampling':
             return upsample_conv3d(*inputs)
         return conv3d(*inputs, stride=stride, padding=padding)
 
-    def split(*inputs):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return result_and_gradients(convolve, inputs)
-
-    places = [NamedSharding(mesh, spec) for spec in (ROWS if sizes[1][0] % shape[1] else VOLUMES, WHOLE, WHOLE)]
-    compiled = jax.jit(split, in_shardings=places).lower(*inputs).compile()
-    results = compiled(*(jax.device_put(x, place) for x, place in zip(inputs, places, strict=True)))
+    place = ROWS if sizes[1][0] % shape[1] else VOLUMES
+    text, results = on_devices(convolve, inputs, place, (shape[0], 1, 1, shape[1]))
     own = results[0].addressable_shards[0].data.shape[1]
     assert own == slices
     if own < results[0].shape[1]:
-        assert 'all-gather' not in compiled.as_text()
+        assert 'all-gather' not in text
+    assert_same(results, result_and_gradients(convolve, inputs))
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_a_split_batch_exchanges_each_gradient_once(stride):
+    """Not in every round of a loop over slices, as the partitioner would."""
+    inputs, convolve = arguments(4, (6, 6, 4), 2, 3, 4), partial(conv3d, stride=stride, padding=1)
+    text, results = on_devices(convolve, inputs, ROWS, (2, 2, 1, 1))
+    exchanged = hlo.read_cost(text).collectives
+    assert {one.kind for one in exchanged} == {'all-reduce'}
+    assert sum(one.size for one in exchanged) == inputs[1].nbytes  # each device can sum the bias's itself
     assert_same(results, result_and_gradients(convolve, inputs))
 
 

@@ -183,7 +183,7 @@ def _gradients(x, kernel, gradient, stride, padding, wanted):
             for want, (convolution, argument) in zip(wanted, convolutions, strict=True)
         )
 
-    def slabs(x, kernel, gradient):
+    def own_rows(x, kernel, gradient):
         folds = (
             (partial(_fold_volume, k=kernel.shape[0], stride=stride, padding=padding), x),
             (partial(_fold_kernel, stride=stride), kernel),
@@ -200,6 +200,24 @@ def _gradients(x, kernel, gradient, stride, padding, wanted):
             None if result is None else jax.linear_transpose(fold, argument)(result)[0]
             for result, (fold, argument) in zip(results, folds, strict=True)
         )
+
+    def slabs(x, kernel, gradient):
+        rows = axes.parts(*axes.BATCH)
+        if rows == 1 or x.shape[0] % rows:
+            return own_rows(x, kernel, gradient)
+
+        def summed(x, kernel, gradient):
+            x_gradient, kernel_gradient = own_rows(x, kernel, gradient)
+            return x_gradient, None if kernel_gradient is None else lax.psum(kernel_gradient, axes.BATCH)
+
+        # Left to the partitioner, devices would exchange the sum over the batch in every round of the walk's loops.
+        return jax.shard_map(
+            summed,
+            in_specs=(axes.ROWS, PartitionSpec(), axes.ROWS),
+            out_specs=(axes.ROWS, PartitionSpec()),
+            axis_names={*axes.BATCH, axes.SPATIAL},
+            check_vma=False,  # as in `_in_parts`
+        )(x, kernel, gradient)
 
     return lax.platform_dependent(x, kernel, gradient, cpu=slabs, default=native)
 
