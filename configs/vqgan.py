@@ -146,7 +146,6 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
         model.hidden = 32
         model.code_features = 8
         model.encoder_res_blocks = model.decoder_res_blocks = (0, 0)
-        model.classifier_hidden = 32
         config.discriminator.channels = (8, 16)
         codebook.codes = 32
         codebook.warmup = '4 steps'

@@ -164,8 +164,8 @@ def test_shardings_are_printed_and_nothing_is_trained(cohort, tmp_path, capsys):
     train_vqgan.run(smoke_config(**changes, print_shardings=True), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     cells = [line.split() for line in lines]
-    # 8³ tokens of 8 numbers, and 32 hidden units
-    assert ['params/classifier/hidden/kernel', '(4096,', '32)', 'fsdp,', '-', f'{4096 * 32 * 4 // 4:,}'] in cells
+    # 8³ tokens of 8 numbers, and 128 hidden units
+    assert ['params/classifier/hidden/kernel', '(4096,', '128)', 'fsdp,', '-', f'{4096 * 128 * 4 // 4:,}'] in cells
     assert ['discriminator/logits/kernel', '(4,', '4,', '4,', '8,', '1)', 'whole', f'{4**3 * 8 * 4:,}'] in cells
     assert 'on 8 device(s): data 2, fsdp 4, model 1, spatial 1' in lines
     own = {row[0]: int(row[1].replace(',', '')) for row in cells[-8:-1]}

@@ -16,7 +16,7 @@ LISTED = json.loads(pathlib.Path(__file__).with_name('release_tensors.json').rea
 LAYERS = 24  # of the listed transformer
 
 CHANNELS = {32: 8, 64: 16, 128: 24, 256: 32, 512: 40}  # of encoder and decoder
-HIDDEN, FEATURES, CODES, CLASSES, WIDTH = 64, 16, 20, 3, 32
+HIDDEN, FEATURES, CODES, CLASSES, WIDTH = 96, 16, 20, 3, 32
 
 
 def listed_stage2(layers: int = LAYERS) -> dict[str, list[int]]:

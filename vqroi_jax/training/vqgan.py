@@ -125,9 +125,10 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
                 raise InputError(
                     f'config.{field}: {number} channels do not divide by config.model.num_groups={model.num_groups}'
                 )
-    if model.classifier_hidden % CLASSIFIER_GROUPS:
+    if model.classifier_hidden % CLASSIFIER_GROUPS or model.classifier_hidden < 3 * CLASSIFIER_GROUPS:
         raise InputError(
-            f'config.model.classifier_hidden={model.classifier_hidden} does not divide by {CLASSIFIER_GROUPS}'
+            f'config.model.classifier_hidden={model.classifier_hidden} is no multiple of {CLASSIFIER_GROUPS} from '
+            f'{3 * CLASSIFIER_GROUPS} up: normalised in {CLASSIFIER_GROUPS} groups, one or two units are constant'
         )
     depth = len(config.discriminator.channels)
     for axis, side in zip(('depth', 'height', 'width'), config.data.roi_size, strict=True):
