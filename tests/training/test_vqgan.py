@@ -226,8 +226,7 @@ def same_steps(config, mesh_settings, steps, tolerance):
             wide_state, {name: wide_batch[name] for name in ('volume', 'label')}, wide_weights
         )
         for name, value in metrics.items():
-            atol = 1e-3 if name == 'discriminator_accuracy' else 1e-6  # it counts signs: of thousands, one may turn
-            np.testing.assert_allclose(wide_metrics[name], value, rtol=1e-4, atol=atol, err_msg=name)
+            np.testing.assert_allclose(wide_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
         assert_states_close(wide_state, state, config.optimizer.learning_rate)
         moments = [s.optimizer[1].mu for s in (wide_state, state)]  # the gradients, as Adam has them
         assert_trees_close(*moments, tolerance)
@@ -249,7 +248,8 @@ def same_steps(config, mesh_settings, steps, tolerance):
 )
 def test_several_devices_equal_one(mesh_settings, changes, monkeypatch):
     monkeypatch.setattr(partitioning, 'FSDP_SMALLEST', 64)
-    config = tiny_config(ema_decay=0.5, **{'model.code_features': 4}, **changes)
+    # With some seeds a ReLU stands so near 0 that a last bit of the parameters turns it, on one device as well.
+    config = tiny_config(seed=3, ema_decay=0.5, **{'model.code_features': 4}, **changes)
     # VGG16's maxima enlarge rounding; it shows at biases before norms, whose gradients nearly cancel.
     tolerance = 5e-4 if config.perceptual == 'vgg16' else 1e-4
     _, (wide_step, wide_state), state = same_steps(config, mesh_settings, 3, tolerance)
@@ -271,7 +271,7 @@ def test_256_cubed_trains_in_eight_parts():
     """As deep a network as the paper's, with narrow channels."""
     changes = {'model.channels': (4, 8, 8, 8), 'discriminator.channels': (4, 8, 8, 8), 'model.remat': 'activations'}
     changes |= {f'model.{side}_res_blocks': (1, 1, 1, 1) for side in ('encoder', 'decoder')}
-    config = tiny_config(batch_size=1, **{'data.roi_size': (256,) * 3, 'model.num_groups': 2}, **changes)
+    config = tiny_config(seed=3, batch_size=1, **{'data.roi_size': (256,) * 3, 'model.num_groups': 2}, **changes)
     # Rounding grows on the way back through sums over 17 million voxels; it shows most at biases before norms.
     step, (wide_step, _), _ = same_steps(config, {'spatial': 8}, 1, tolerance=1e-2)
     whole, part = (each.memory_analysis().temp_size_in_bytes for each in (step, wide_step))
