@@ -119,14 +119,12 @@ def make_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[ClassifierState, Ba
             recipe, learning, state.params, state.statistics, volume, label
         )
         rate = recipe.rate(state.step)
-        updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, learning)
-        params = state.params | optimizers.apply(learning, updates, rate)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics['loss'] + norm)
-        before = state.params, state.statistics, state.optimizer
-        kept = optimizers.where(finite, (params, statistics, optimizer), before)
+        learnt, optimizer = optimizers.step(recipe.optimizer, gradient, learning, state.optimizer, rate, finite)
+        statistics = optimizers.where(finite, statistics, state.statistics)
         metrics |= {'gradient_norm': norm, 'learning_rate': rate, 'finite': finite}
-        return ClassifierState(state.step + 1, *kept), metrics
+        return ClassifierState(state.step + 1, state.params | learnt, statistics, optimizer), metrics
 
     whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
     return jax.jit(step, in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0)

@@ -265,20 +265,17 @@ def update(recipe: Recipe, state: TransformerState, example: Example) -> tuple[T
     """
     gradient, metrics = gradients(recipe, state.params, example)
     rate = recipe.rate(state.step)
-    updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, state.params)
-    params, average = optimizers.apply(state.params, updates, rate), None
-    if recipe.settings.ema_decay > 0:
-        average = optax.incremental_update(params, state.average, 1 - recipe.settings.ema_decay)
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(metrics['loss'] + norm)
-    kept = optimizers.where(finite, (params, optimizer, average), (state.params, state.optimizer, state.average))
+    params, optimizer = optimizers.step(recipe.optimizer, gradient, state.params, state.optimizer, rate, finite)
+    average = optimizers.moving_average(params, state.average, recipe.settings.ema_decay, finite)
     metrics |= {
         'perplexity': jnp.exp(metrics['loss']),
         'gradient_norm': norm,
         'learning_rate': rate,
         'finite': finite,
     }
-    return TransformerState(state.step + 1, *kept), metrics
+    return TransformerState(state.step + 1, params, optimizer, average), metrics
 
 
 def jit_step(

@@ -445,29 +445,23 @@ def update(recipe: Recipe, state: VQGANState, batch: Batch, noise: Noise, weight
     rate = recipe.rate(state.step)
 
     with jax.named_scope('optimizer'):
-        updates, optimizer = recipe.optimizer.update(grads.params, state.optimizer, state.params)
-        params = optimizers.apply(state.params, updates, rate)
-        updates, discriminator_optimizer = recipe.optimizer.update(
-            grads.discriminator, state.discriminator_optimizer, state.discriminator
-        )
-        discriminator = optimizers.apply(state.discriminator, updates, rate)
-        average = None
-        if recipe.settings.ema_decay > 0:
-            average = optax.incremental_update(params, state.average, 1 - recipe.settings.ema_decay)
-
         norm = optax.tree.norm(grads.params)
         discriminator_norm = optax.tree.norm(grads.discriminator)
         finite = jnp.isfinite(grads.metrics['loss'] + grads.metrics['hinge'] + norm + discriminator_norm)
         playing = finite & (state.step >= recipe.adversarial_start)
 
+        params, optimizer = optimizers.step(recipe.optimizer, grads.params, state.params, state.optimizer, rate, finite)
+        discriminator, discriminator_optimizer = optimizers.step(
+            recipe.optimizer, grads.discriminator, state.discriminator, state.discriminator_optimizer, rate, playing
+        )
         new_state = VQGANState(
             step=state.step + 1,
-            params=optimizers.where(finite, params, state.params),
-            discriminator=optimizers.where(playing, discriminator, state.discriminator),
+            params=params,
+            discriminator=discriminator,
             codebook=optimizers.where(finite, codebook, state.codebook),
-            optimizer=optimizers.where(finite, optimizer, state.optimizer),
-            discriminator_optimizer=optimizers.where(playing, discriminator_optimizer, state.discriminator_optimizer),
-            average=optimizers.where(finite, average, state.average),
+            optimizer=optimizer,
+            discriminator_optimizer=discriminator_optimizer,
+            average=optimizers.moving_average(params, state.average, recipe.settings.ema_decay, finite),
         )
     return new_state, {
         **grads.metrics,
