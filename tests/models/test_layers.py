@@ -13,6 +13,7 @@ from vqroi_jax.models.layers import (
     Conv3D,
     Dense,
     GroupNorm,
+    LayerNorm,
     ResBlock,
     UpsampleConv3D,
     group_norm,
@@ -46,11 +47,12 @@ def test_shapes_and_dtypes(layer, kernel, result, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.parametrize('features', [7, 9], ids=['narrower', 'wider'])
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_dense_and_its_gradients_are_numpys(dtype, tolerance):
-    layer = Dense(7, dtype)
+def test_dense_and_its_gradients_are_numpys(dtype, tolerance, features):
+    layer = Dense(features, dtype)
     params = layer.init(KEY, VOLUME)['params']
-    upstream = jax.random.normal(jax.random.key(1), (*VOLUME.shape[:-1], 7))
+    upstream = jax.random.normal(jax.random.key(1), (*VOLUME.shape[:-1], features))
     result, pull = jax.vjp(lambda params, x: layer.apply({'params': params}, x), params, VOLUME)
     of_params, of_x = pull(upstream.astype(dtype))
 
@@ -110,6 +112,28 @@ def test_group_norm_and_its_derivatives_equal_flax(shape):
 
     for one, other in zip(jax.jit(lambda: everything(ours))(), everything(theirs), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+def test_layer_norm_and_its_gradients_equal_flax(dtype, tolerance):
+    x = (jax.random.normal(KEY, (3, 5, 64)) + 2).astype(dtype)
+    gradient, scale, bias = (
+        jax.random.normal(jax.random.key(n), shape) for n, shape in ((1, x.shape), (2, (64,)), (3, (64,)))
+    )
+    params = {'params': {'scale': scale, 'bias': bias}}
+    reference = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)
+    assert shapes(LayerNorm().init(KEY, x)['params']) == {'scale': (64,), 'bias': (64,)}
+
+    def everything(norm):
+        y, pull = jax.vjp(lambda params, x: norm.apply(params, x).astype(jnp.float32), params, x)
+        return y, *jax.tree.leaves(pull(gradient))
+
+    ours = jax.jit(lambda: everything(LayerNorm(dtype=dtype)))()
+    theirs = everything(reference)
+    assert LayerNorm(dtype=dtype).apply(params, x).dtype == ours[-1].dtype == dtype
+    for one, other in zip(ours, theirs, strict=True):
+        one, other = (np.asarray(array, np.float64) for array in (one, other))
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
 
 
 def test_group_norm_takes_its_statistics_in_float32():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from vqroi_jax.models import axes
 from vqroi_jax.models.convolution import conv3d, upsample_conv3d
@@ -20,9 +21,10 @@ from vqroi_jax.models.convolution import conv3d, upsample_conv3d
 # What a network's backward pass computes again, to save memory: nothing, norms and activations, or all within a block.
 REMATS = ('none', 'activations', 'blocks')
 
-# Policy for `nn.remat`: the backward pass finds the results of convolutions, linear layers and attention, and computes
-# norms and activations again, which costs little time and saves half of the memory or more.
-save_products = jax.checkpoint_policies.save_only_these_names('convolution', 'linear', 'attention')
+# Policy for `nn.remat`: the backward pass finds the results of convolutions, linear layers and attention, and a layer
+# norm's two numbers a row; it computes norms and activations again, which costs little time and saves half of the
+# memory or more.
+save_products = jax.checkpoint_policies.save_only_these_names('convolution', 'linear', 'attention', 'statistics')
 
 
 def uniform_within(fan_in: int) -> Initializer:
@@ -131,7 +133,31 @@ def _linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _linear_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
     flat, upstream = (array.reshape(-1, array.shape[-1]) for array in (x, gradient))
-    return gradient @ kernel.T, jax.lax.dot_general(flat, upstream, (((0,), (0,)), ((), ())))
+
+    def native(flat, upstream):
+        return jax.lax.dot_general(flat, upstream, (((0,), (0,)), ((), ())))
+
+    def turned(flat, upstream):
+        return _turn(flat) @ upstream
+
+    # Turning over what is wider takes as long as it saves.
+    cpu = turned if flat.shape[1] <= upstream.shape[1] else native
+    return gradient @ kernel.T, jax.lax.platform_dependent(flat, upstream, cpu=cpu, default=native)
+
+
+def _turn(x: jax.Array) -> jax.Array:
+    """`x` [rows, in] turned over, in a pass of its own.
+
+    XLA:CPU would otherwise read `x` by columns within the product, which then takes a fourth longer, or compute what
+    `x` is made of in the order of columns, which takes ten times as long. It does neither across a call.
+    """
+    with set_xla_metadata(inlineable='false'):
+        return _turn_and_write(x)
+
+
+@jax.jit
+def _turn_and_write(x: jax.Array) -> jax.Array:
+    return jax.lax.optimization_barrier(x.T)
 
 
 _linear.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _linear_backward)
@@ -143,6 +169,67 @@ def _kernel_and_bias(layer: nn.Module, shape: tuple[int, ...]) -> tuple[jax.Arra
     bias = layer.param('bias', uniform_within(math.prod(shape[:-1])), shape[-1:], jnp.float32)
     kernel = axes.put_together(kernel.astype(layer.dtype), (*layer.path, 'kernel'))
     return kernel, bias.astype(layer.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Normalises each row of features, with scale and bias; statistics in float32.
+
+    Attributes:
+        epsilon: added to the variance.
+        dtype: of the output.
+    """
+
+    epsilon: float = 1e-5
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., features] to the same shape."""
+        scale = self.param('scale', nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param('bias', nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """Layer normalisation (Ba et al. 2016, https://arxiv.org/abs/1607.06450) with float32 statistics.
+
+    Forward and backward are a few sums and one elementwise pass each, and only `x` and two numbers a row are kept in
+    between.
+
+    Args:
+        x: [..., features].
+        scale: float32 [features].
+        bias: float32 [features].
+        epsilon: added to the variance.
+
+    Returns:
+        float32, the shape of `x`.
+    """
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon):
+    wide = x.astype(jnp.float32)
+    mean = checkpoint_name(jnp.mean(wide, -1, keepdims=True), 'statistics')
+    variance = jnp.mean(jnp.square(wide - mean), -1, keepdims=True)
+    inverse = checkpoint_name(jax.lax.rsqrt(variance + epsilon), 'statistics')
+    return (wide - mean) * inverse * scale + bias, (x, scale, mean, inverse)
+
+
+def _layer_norm_backward(epsilon, kept, gradient):
+    del epsilon
+    x, scale, mean, inverse = kept
+    normalised = (x.astype(jnp.float32) - mean) * inverse
+    scaled = gradient * scale
+    along_constant = jnp.mean(scaled, -1, keepdims=True)
+    along_x = jnp.mean(scaled * normalised, -1, keepdims=True)
+    rows = tuple(range(x.ndim - 1))
+    x_gradient = inverse * (scaled - along_constant - normalised * along_x)
+    return x_gradient.astype(x.dtype), jnp.sum(gradient * normalised, rows), jnp.sum(gradient, rows)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class GroupNorm(nn.Module):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from vqroi_jax.models import axes
 from vqroi_jax.models.attention import attend
-from vqroi_jax.models.layers import Dense, save_products
+from vqroi_jax.models.layers import Dense, LayerNorm, save_products
 
 _NORMAL = nn.initializers.normal(0.02)
 _MLP = 4  # width of the hidden layer over the width of the network
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
     def setup(self):
         """Builds the layers."""
-        self.norm_1, self.norm_2 = layer_norm(self.dtype), layer_norm(self.dtype)
+        self.norm_1, self.norm_2 = LayerNorm(dtype=self.dtype), LayerNorm(dtype=self.dtype)
         self.query, self.key, self.value = (self._dense(self.width) for _ in range(3))
         self.projection = self._dense(self.width)
         self.up, self.down = self._dense(_MLP * self.width), self._dense(self.width)
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
     def _finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         x = axes.keep_rows(x + self.projection(attended.reshape(x.shape)))
-        return axes.keep_rows(x + self.down(nn.gelu(self.up(self.norm_2(x)), approximate=False)))
+        return axes.keep_rows(x + self.down(gelu(self.up(self.norm_2(x)))))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, T, width]` to the same shape."""
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
             policy = save_products if self.remat == 'activations' else None
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         self.blocks = block(self.width, self.heads, self.causal, self.dtype)
-        self.norm = layer_norm(self.dtype)
+        self.norm = LayerNorm(dtype=self.dtype)
         self.head = Dense(self.vocabulary, self.dtype, _NORMAL, use_bias=False)
 
     def embed(self, ids: jax.Array, position: jax.Array | int = 0) -> jax.Array:
@@ -147,9 +147,14 @@ class Transformer(nn.Module):
         return self.logits(x)
 
 
-def layer_norm(dtype: jnp.dtype) -> nn.LayerNorm:
-    """Layer normalisation with scale and bias, eps 1e-5; statistics in float32."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype)
+def gelu(x: jax.Array) -> jax.Array:
+    """`x` times the share of a normal distribution below it (Hendrycks & Gimpel 2016, exact), computed in float32.
+
+    By the error function, as PyTorch has it; `jax.nn.gelu` takes its complement, which is closer for `x` far below 0,
+    where the result is next to nothing, and three times as slow on a CPU.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * (0.5 * (1 + jax.lax.erf(wide * 0.5**0.5)))).astype(x.dtype)
 
 
 def unstack(params: dict) -> dict:
