@@ -120,7 +120,7 @@ def _walk(
                 new += jnp.pad(earlier, ((0, 0), (0, 0), (0, 0), (features, 0)))
                 sums = lax.dynamic_update_slice_in_dim(sums, new, slab * rows, 1)
             if companion is not None:
-                total += _product(windows, _rows(others, slab * rows, rows), (0, 1, 2), (0, 1, 2))
+                total += _product(_rows(others, slab * rows, rows), windows, (0, 1, 2), (0, 1, 2))
             return sums, total
 
         sums, total = lax.fori_loop(0, slabs, one_slab, (sums, total))
@@ -139,13 +139,14 @@ def _walk(
         y = jnp.broadcast_to(x[:, :1, :1, :1, :1], (batch, *sides, features))
         sums = jnp.zeros((batch, slabs * rows, sides[2], k * features), jnp.float32)
     if companion is not None:
-        total = jnp.zeros((k * k * channels, k * features), jnp.float32)
+        # Rather than turned over, which it is once at the end: the operand that is read by columns is then the smaller.
+        total = jnp.zeros((k * features, k * k * channels), jnp.float32)
     y, sums, total = lax.fori_loop(0, depth, one_slice, (y, sums, total))
     if weights is not None:
         for tap in range(k - 2, k - 2 - ends, -1):  # the slices that only padding was to follow
             y = put(y, sums, tap, depth - 1 + ends - tap)
     if companion is not None:
-        total = jnp.moveaxis(total.reshape(k, k, channels, k, features), 3, 0)
+        total = total.reshape(k, features, k, k, channels).transpose(0, 2, 3, 4, 1)
     return y, total
 
 
