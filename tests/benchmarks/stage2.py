@@ -3,9 +3,10 @@
     python tests/benchmarks/stage2.py [--layers=24] [--width=1024] [--length=512] [--repeats=3] [--only=train]
 
 Training: a step of batch 3, masking included on our side, float32. The PyTorch sides are the oracle of the parity
-tests, once with plain attention and optimiser, as the published code has them, and once with PyTorch's fused ones. All
-run in one process in turn, as in `stage1_step.py`, which says how; memory is the peak of resident memory of a process
-that does nothing else. Operations are counted as each side does them.
+tests: as the published code has it, which encodes its volumes in every step, where ours keeps the tokens of a cohort;
+without that; and with PyTorch's fused attention and optimiser. All run in one process in turn, as in `stage1_step.py`,
+which says how; memory is the peak of resident memory of a process that does nothing else. Operations are counted as
+each side does them.
 
 Sampling: ours as it is, with the keys and values of earlier tokens kept. PyTorch's computes everything anew for each
 token: it is timed at a few lengths of what has been drawn, and the times in between are interpolated and added up; what
@@ -44,6 +45,7 @@ from vqroi_jax.training import partitioning, transformer
 ROOT = Path(__file__).parents[2]
 CODES, CLASSES = 1024, 2
 SLICE = (8, 8)  # height and width of the latent grid; the length decides on the depth
+DOWNSAMPLING = 16  # of stage 1: voxels a side of a latent region
 HEAD_WIDTH = 64
 TRAINING_BATCH = 3
 SAMPLING_BATCHES = (1, 16)
@@ -73,6 +75,12 @@ def make_recipe(options: argparse.Namespace, attention: str = 'causal') -> trans
 def make_tokens(length: int) -> np.ndarray:
     """A batch to train on, int32 [3, length]; the time does not depend on what it says."""
     return np.random.default_rng(0).integers(CODES, size=(TRAINING_BATCH, length)).astype(np.int32)
+
+
+def make_volumes(length: int) -> np.ndarray:
+    """A batch to encode, float32 [3, D, H, W, 1] in [-1, 1]; likewise."""
+    sides = (side * DOWNSAMPLING for side in (length // math.prod(SLICE), *SLICE))
+    return np.random.default_rng(2).uniform(-1, 1, (TRAINING_BATCH, *sides, 1)).astype(np.float32)
 
 
 def our_step(options: argparse.Namespace) -> Side:
@@ -116,29 +124,55 @@ def pytorch_trainer(sizes):
     return trainer, (corrupted, tokens, torch.arange(TRAINING_BATCH) % CLASSES, torch.ones_like(tokens).bool())
 
 
-def pytorch_step(options: argparse.Namespace, fused: bool) -> Side:
+@functools.cache
+def pytorch_encoder(length: int) -> Callable:
+    """The oracle's stage 1 as the published code uses it in every step of stage 2, with a batch of volumes."""
+    import torch
+    from oracle import torch_vqgan
+
+    torch.manual_seed(0)
+    network = torch_vqgan.VQGAN(torch_vqgan.Sizes(classifier_hidden=32))  # nothing here reads the classifier
+    volumes = torch.from_numpy(make_volumes(length)).movedim(-1, 1)
+
+    @torch.no_grad()
+    def encode():
+        latent = network.pre_quantisation(network.encoder(volumes))
+        network.scorer(latent)
+        normalised, *_, tokens = network.codebook(latent)
+        network.codebook.update(normalised, tokens)
+        return tokens.flatten(1)
+
+    return encode
+
+
+def pytorch_step(options: argparse.Namespace, fused: bool, encodes: bool = False) -> Side:
     """The oracle's step, likewise; the same network whether fused or not."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    trainer, batch = pytorch_trainer(pytorch_sizes(options))
+    trainer, (corrupted, tokens, *rest) = pytorch_trainer(pytorch_sizes(options))
+
+    def step() -> float:
+        targets = pytorch_encoder(options.length)() if encodes else tokens
+        return trainer.step(corrupted, targets, *rest)
 
     def run() -> None:
         trainer.fuse(fused)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH):
-            if not math.isfinite(trainer.step(*batch)):
+            if not math.isfinite(step()):
                 raise FloatingPointError("PyTorch's step is not finite")
 
     def count() -> float:
         """Of plain attention, since the counter does not know the fused one of CPUs."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            trainer.step(*batch)
+            step()
         return counter.get_total_flops()
 
     return run, count
 
 
 STEPS = {
+    'PyTorch, as published': functools.partial(pytorch_step, fused=False, encodes=True),
     'PyTorch, plain': functools.partial(pytorch_step, fused=False),
     'PyTorch, fused': functools.partial(pytorch_step, fused=True),
     'ours': our_step,
