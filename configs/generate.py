@@ -62,7 +62,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
 
     if variant == 'demo':
         config.number = 100
-        sampling.guidance = 0.6
+        sampling.guidance = 0.5
         intensity.background = 0.3  # voxels are coarse and edges soft, so the border lies higher up
         sampling.sub_batch = 25
     if variant == 'smoke':
