@@ -171,6 +171,14 @@ def _kernel_and_bias(layer: nn.Module, shape: tuple[int, ...]) -> tuple[jax.Arra
     return kernel, bias.astype(layer.dtype)
 
 
+def _scale_and_bias(layer: nn.Module, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Makes a norm's float32 parameters, one of each for a feature of `x`: scales of 1 and biases of 0."""
+    return tuple(
+        layer.param(name, init, x.shape[-1:], jnp.float32)
+        for name, init in (('scale', nn.initializers.ones), ('bias', nn.initializers.zeros))
+    )
+
+
 class LayerNorm(nn.Module):
     """Normalises each row of features, with scale and bias; statistics in float32.
 
@@ -185,9 +193,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., features] to the same shape."""
-        scale = self.param('scale', nn.initializers.ones, x.shape[-1:], jnp.float32)
-        bias = self.param('bias', nn.initializers.zeros, x.shape[-1:], jnp.float32)
-        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
+        return layer_norm(x, *_scale_and_bias(self, x), self.epsilon).astype(self.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -248,9 +254,7 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, ..., channels] to the same shape."""
-        scale = self.param('scale', nn.initializers.ones, x.shape[-1:], jnp.float32)
-        bias = self.param('bias', nn.initializers.zeros, x.shape[-1:], jnp.float32)
-        return group_norm(x, scale, bias, self.num_groups, self.epsilon).astype(self.dtype)
+        return group_norm(x, *_scale_and_bias(self, x), self.num_groups, self.epsilon).astype(self.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
