@@ -29,7 +29,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vqroi_jax import hosts
+from vqroi_jax import hosts, large_pages
 from vqroi_jax.errors import InputError, Stopped
 
 # Imported when they are started: jax and its kin take seconds, and --help should not.
@@ -234,4 +234,5 @@ def _fail(message: str) -> None:
 
 
 if __name__ == '__main__':
+    large_pages.ask()
     sys.exit(main(sys.argv))

@@ -18,6 +18,8 @@ from pathlib import Path
 import jax
 from stage1_step import count_operations, make_step, product_rate, settings
 
+from vqroi_jax import large_pages
+
 PARTS = {  # by what the name of an operation contains, the first that does
     'optimiser': r'\boptimizer/',
     'LPIPS': r'\bLPIPS\b',
@@ -104,4 +106,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
+    large_pages.ask()
     main(sys.argv[1:])

@@ -29,6 +29,7 @@ import ml_collections
 import numpy as np
 from jax.extend.core import Jaxpr
 
+from vqroi_jax import large_pages
 from vqroi_jax.training import partitioning, vqgan
 
 ROOT = Path(__file__).parents[2]
@@ -232,4 +233,5 @@ def compare_steps(sides: Mapping[str, Side], memory: Mapping[str, float], repeat
 
 
 if __name__ == '__main__':
+    large_pages.ask()
     main(sys.argv[1:])

@@ -38,7 +38,7 @@ import ml_collections
 import numpy as np
 from stage1_step import MEMORY_STEPS, Side, compare_steps, count_operations, peak_memory, product_rate, seconds
 
-from vqroi_jax import decoding
+from vqroi_jax import decoding, large_pages
 from vqroi_jax.models.transformer import unstack
 from vqroi_jax.training import partitioning, transformer
 
@@ -341,4 +341,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
+    large_pages.ask()
     main(sys.argv[1:])
