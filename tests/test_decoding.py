@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,18 @@ def autoregressive(keys, labels, given, sampling):
 
 
 NOTHING = np.full((ROWS, LENGTH), UNKNOWN, np.int32)
+
+
+@pytest.mark.parametrize('rows', [1, 4])
+def test_caches_are_written_where_they_are(rows):
+    model, params = start()
+    shapes = jax.eval_shape(unstack, params), *keys_and_labels(rows=rows), NOTHING[:1].repeat(rows, 0)
+    draw = jax.jit(lambda *args: decoding.autoregressive(model, *args, CODES, Sampling()))
+    text = draw.lower(*shapes).compile().as_text()
+    caches = rf'f32\[(?:{rows},{model.heads}|{rows * model.heads}),\d+,{model.width // model.heads}\]'
+    assert len(re.findall(rf'= {caches}\S* fusion', text)) >= 2 * model.layers
+    copies = re.findall(rf'= {caches}\S* copy\((.*?)\)', text)
+    assert [copied for copied in copies if 'broadcast' not in copied] == []  # of zeros: of a segment's new places
 
 
 @pytest.mark.parametrize(

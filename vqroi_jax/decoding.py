@@ -185,7 +185,7 @@ def autoregressive(
         int32 `[B, L]`, each in [0, K).
     """
     conditions = _conditions(model, labels, codes, sampling)
-    length, block = given.shape[1], Block(model.width, model.heads, dtype=model.dtype)
+    length, block = given.shape[1], Block(model.width, model.heads, dtype=model.dtype, by_output=True)
     empty = jnp.zeros((len(conditions), model.heads, 0, model.width // model.heads), model.dtype)
 
     def one_position(position, carry):

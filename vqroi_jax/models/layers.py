@@ -98,6 +98,8 @@ class Dense(nn.Module):
         kernel_init: initialiser of the kernel, [in, out].
         bias_init: initialiser of the bias, [out]; None: uniform within 1 / sqrt(fan_in).
         use_bias: False: no bias.
+        by_output: the kernel is given as [out, in], which a CPU multiplies with a few rows in less time, to three
+            quarters. For sampling alone: it is not split along `fsdp`, and nothing is kept for a backward pass.
     """
 
     features: int
@@ -105,18 +107,24 @@ class Dense(nn.Module):
     kernel_init: Initializer = uniform_fan_in
     bias_init: Initializer | None = None
     use_bias: bool = True
+    by_output: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., in] to [..., features]."""
-        shape = (x.shape[-1], self.features)
-        kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
-        kernel = axes.put_together(kernel.astype(self.dtype), (*self.path, 'kernel'))
-        y = checkpoint_name(_linear(x.astype(self.dtype), kernel), 'linear')
+        x = x.astype(self.dtype)
+        if self.by_output:
+            kernel = self.param('kernel', self.kernel_init, (self.features, x.shape[-1]), jnp.float32)
+            # The kernel as the left operand: as the right one it takes longer than [in, out], but for a single row.
+            y = jnp.moveaxis(jnp.einsum('...i,oi->o...', x, kernel.astype(self.dtype)), 0, -1)
+        else:
+            kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+            kernel = axes.put_together(kernel.astype(self.dtype), (*self.path, 'kernel'))
+            y = checkpoint_name(_linear(x, kernel), 'linear')
         if not self.use_bias:
             return y
         bias_init = self.bias_init or uniform_within(x.shape[-1])
-        bias = self.param('bias', bias_init, shape[1:], jnp.float32)
+        bias = self.param('bias', bias_init, (self.features,), jnp.float32)
         return (y + bias).astype(self.dtype)  # in float32, as is then the sum that is the bias's gradient
 
 

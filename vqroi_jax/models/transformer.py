@@ -6,6 +6,8 @@ parallel decoding use it; `Block` also steps from token to token with the keys a
 `vqroi_jax.decoding` does. Source: section 2.4 of the design (minGPT's layers, Radford et al. 2019).
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,12 +28,14 @@ class Block(nn.Module):
         heads: of the attention.
         causal: a position sees itself and earlier ones alone; else all.
         dtype: of products and activations; softmax and norms compute in float32.
+        by_output: the linear layers' kernels are given as `unstack` makes them, [out, in].
     """
 
     width: int
     heads: int
     causal: bool = True
     dtype: jnp.dtype = jnp.float32
+    by_output: bool = False
 
     def setup(self):
         """Builds the layers."""
@@ -45,7 +49,7 @@ class Block(nn.Module):
         return self.width // self.heads
 
     def _dense(self, features: int) -> Dense:
-        return Dense(features, self.dtype, _NORMAL, nn.initializers.zeros)
+        return Dense(features, self.dtype, _NORMAL, nn.initializers.zeros, by_output=self.by_output)
 
     def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of `x` `[B, T, width]`, each `[B, T, heads, width / heads]`."""
@@ -77,11 +81,19 @@ class Block(nn.Module):
             The layer's output `[B, 1, width]`, and keys and values with those of this position.
         """
         query, key, value = (part.transpose(0, 2, 1, 3) for part in self._heads(x))
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, key, position, axis=2)
-        values = jax.lax.dynamic_update_slice_in_dim(values, value, position, axis=2)
-        logits = jnp.einsum('bhqd,bhtd->bhqt', query, keys, preferred_element_type=jnp.float32)
-        logits = jnp.where(jnp.arange(keys.shape[2]) <= position, logits / self._head_width**0.5, -jnp.inf)
-        attended = jnp.einsum('bhqt,bhtd->bqhd', nn.softmax(logits).astype(self.dtype), values)
+        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        logits = jnp.where(jnp.arange(keys.shape[2]) < position, product('bhqd,bhtd->bhqt', query, keys), -jnp.inf)
+        logits = jnp.concatenate([logits, product('bhqd,bhqd->bhq', query, key)[..., None]], -1)
+        weights = nn.softmax(logits / self._head_width**0.5).astype(self.dtype)
+        earlier, own = product('bhqt,bhtd->bhqd', weights[..., :-1], values), weights[..., -1:] * value
+        attended = (earlier + own).astype(self.dtype)
+        # Adding nothing ties what is written to all that was read: the caches are then written where they are. Read
+        # after they are written, or in no order, XLA:CPU copies them, several times a position.
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(cache, new + 0 * attended, position, axis=2)
+            for cache, new in ((keys, key), (values, value))
+        )
+        attended = attended.transpose(0, 2, 1, 3)
         return self._finish(x, attended), keys, values
 
 
@@ -158,7 +170,10 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def unstack(params: dict) -> dict:
-    """The parameters as `vqroi_jax.decoding` steps through them: `blocks` becomes a list of one dict a layer."""
+    """The parameters as `vqroi_jax.decoding` steps through them.
+
+    `blocks` becomes a list of one dict a layer, with the kernels of its linear layers turned over, [out, in].
+    """
     layers = jax.tree.leaves(params['blocks'])[0].shape[0]
-    blocks = [jax.tree.map(lambda p, n=n: p[n], params['blocks']) for n in range(layers)]
+    blocks = [jax.tree.map(lambda p, n=n: p[n].T, params['blocks']) for n in range(layers)]
     return {**params, 'blocks': blocks}
