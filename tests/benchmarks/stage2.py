@@ -10,7 +10,8 @@ each side does them.
 
 Sampling: ours as it is, with the keys and values of earlier tokens kept. PyTorch's computes everything anew for each
 token: it is timed at a few lengths of what has been drawn, and the times in between are interpolated and added up; what
-drawing from the logits takes is left out. Parallel decoding of the bidirectional network is timed on our side alone.
+drawing from the logits takes is left out. Parallel decoding of the bidirectional network is timed on our side alone, and
+what weights of 2 bytes or 1 would give is measured on a token's products alone.
 Two floors stand beside our times: reading the weights of all layers once a token, which a batch shares, at the
 bandwidth measured here; and the matrix products at the rate of a large one. The keys and values that are read too are
 in neither. Prints Markdown tables.
@@ -289,6 +290,40 @@ def measure_sampling(options: argparse.Namespace, rate: float) -> None:
     print('\nA pass of PyTorch, by the length of what it reads: ' + '; '.join(notes))
 
 
+def measure_narrow_weights(options: argparse.Namespace) -> None:
+    """Measures what weights of fewer bytes give to a token's products, and prints the table.
+
+    One row times a matrix a layer, [4 width, width], either way that XLA has for it: as a product, and as a sum of what
+    is multiplied number by number.
+    """
+    shape = options.layers, 4 * options.width, options.width
+    wide = jax.random.normal(jax.random.key(0), shape)
+    row, scales = jnp.ones(options.width), jnp.full(shape[:2], 1 / 32)
+    ways = {
+        'as a product': lambda row, matrix: jnp.einsum('i,oi->o', row, matrix, preferred_element_type=jnp.float32),
+        'as a sum': lambda row, matrix: jnp.sum(row.astype(jnp.float32) * matrix.astype(jnp.float32), -1),
+    }
+    print('\n| weights | ' + ' | '.join(f'{way}, ms' for way in ways) + ' |\n' + '| --- ' * (1 + len(ways)) + '|')
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
+        # As separate arrays, as the sampler has them: slices of one would be copied.
+        matrices = list((wide * 32).astype(dtype) if dtype == jnp.int8 else wide.astype(dtype))
+        of_row = jnp.float32 if dtype == jnp.int8 else dtype
+        times = []
+        for way in ways.values():
+
+            def products(row, matrices, scales, way=way, of_row=of_row):
+                for matrix, scale in zip(matrices, scales, strict=True):  # each from the one before, as layers are
+                    result = way(row.astype(of_row), matrix)
+                    row = row + (result * scale if matrix.dtype == jnp.int8 else result)[: options.width] * 1e-6
+                return row
+
+            compiled = jax.jit(products).lower(row, matrices, scales).compile()
+            run = functools.partial(compiled, row, matrices, scales)
+            run().block_until_ready()
+            times.append(min(seconds(lambda run=run: run().block_until_ready())[0] for _ in range(9)))
+        print(f'| {jnp.dtype(dtype).name} | ' + ' | '.join(f'{1e3 * value:.1f}' for value in times) + ' |')
+
+
 def measure_parallel(options: argparse.Namespace, rate: float) -> None:
     """Measures parallel decoding and prints its table."""
     recipe = make_recipe(options, 'bidirectional')
@@ -337,6 +372,7 @@ def main(arguments: list[str]) -> None:
         gc.collect()
     if options.only != 'train':
         measure_sampling(options, rate)
+        measure_narrow_weights(options)
         measure_parallel(options, rate)
 
 
