@@ -10,8 +10,8 @@ each side does them.
 
 Sampling: ours as it is, with the keys and values of earlier tokens kept. PyTorch's computes everything anew for each
 token: it is timed at a few lengths of what has been drawn, and the times in between are interpolated and added up; what
-drawing from the logits takes is left out. Parallel decoding of the bidirectional network is timed on our side alone, and
-what weights of 2 bytes or 1 would give is measured on a token's products alone.
+drawing from the logits takes is left out. Parallel decoding of the bidirectional network is timed on our side alone.
+What weights of 2 bytes or 1 would give is measured on a token's products alone.
 Two floors stand beside our times: reading the weights of all layers once a token, which a batch shares, at the
 bandwidth measured here; and the matrix products at the rate of a large one. The keys and values that are read too are
 in neither. Prints Markdown tables.
