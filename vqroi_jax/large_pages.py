@@ -22,7 +22,10 @@ def ask() -> None:
     It returns where Linux does not leave large pages to programs, and where the environment has `GLIBC_TUNABLES`: from
     this function, or from the user, who with an empty one declines. To be called first of all.
     """
-    if TUNABLES in os.environ or not _MODE.is_file() or '[madvise]' not in _MODE.read_text():
+    try:
+        mode = _MODE.read_text()
+    except OSError:  # another system, or a container that hides it
         return
-    os.environ[TUNABLES] = _ASKING
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if TUNABLES not in os.environ and '[madvise]' in mode and sys.executable:
+        os.environ[TUNABLES] = _ASKING
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
