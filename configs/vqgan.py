@@ -100,7 +100,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.figure_rois = 4  # held-out ROIs in each figure
 
     if variant == 'light':
-        # The ResBlock at full resolution takes a seventh of a step's operations and has 1 of 170 decoder parameters.
+        # The ResBlock at full resolution takes a quarter of a step's operations and has 1 of 170 decoder parameters.
         model.decoder_res_blocks = (1, 1, 1, 0)
     if variant == 'v5e_16':
         # One ROI a chip, which takes 7.0 of its 16 GiB (configs/plan.py). As many epochs as before, so as many samples

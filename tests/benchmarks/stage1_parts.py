@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--side', type=int, default=128, help='voxels')
     options, fields = parser.parse_known_args(arguments)
-    config = settings(options.side, dict(field.removeprefix('--config.').split('=', 1) for field in fields))
+    config = settings(options.side, fields)
     rate = product_rate()
     step, (state, batch, weights), plain_step = make_step(config)
     compiled = step.lower(state, batch, weights).compile()

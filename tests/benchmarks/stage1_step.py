@@ -30,6 +30,7 @@ import numpy as np
 from jax.extend.core import Jaxpr
 
 from vqroi_jax import large_pages
+from vqroi_jax.main import override
 from vqroi_jax.training import partitioning, vqgan
 
 ROOT = Path(__file__).parents[2]
@@ -37,16 +38,13 @@ Side = tuple[Callable[[], None], Callable[[], float]]  # takes one step, counts 
 MEMORY_STEPS = 2  # of the process that measures memory: the second shows what a run needs while it goes on
 
 
-def settings(side: int, changes: Mapping[str, str]) -> ml_collections.ConfigDict:
-    """The paper's config at batch 1, with codebook and adversarial terms on from the first step."""
+def settings(side: int, fields: Sequence[str]) -> ml_collections.ConfigDict:
+    """The paper's config at batch 1, all terms on from the first step, changed by `--config.FIELD=VALUE` arguments."""
     config = runpy.run_path(str(ROOT / 'configs' / 'vqgan.py'))['get_config']('paper')
     config.batch_size = 1
     config.data.roi_size = (side,) * 3
     config.losses.adversarial_start = '0 steps'
-    for field, value in changes.items():
-        *block, name = field.split('.')
-        place = config[block[0]] if block else config
-        place[name] = type(place[name])(value)
+    override(config, ['', *fields])
     return config
 
 
@@ -182,7 +180,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument('--only', choices=tuple(SIDES), help='measure one side')
     parser.add_argument('--memory', choices=tuple(SIDES), help=argparse.SUPPRESS)
     options, fields = parser.parse_known_args(arguments)
-    config = settings(options.side, dict(field.removeprefix('--config.').split('=', 1) for field in fields))
+    config = settings(options.side, fields)
 
     if options.memory:
         run, _ = SIDES[options.memory](config)
