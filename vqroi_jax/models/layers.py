@@ -98,8 +98,8 @@ class Dense(nn.Module):
         kernel_init: initialiser of the kernel, [in, out].
         bias_init: initialiser of the bias, [out]; None: uniform within 1 / sqrt(fan_in).
         use_bias: False: no bias.
-        by_output: the kernel is given as [out, in], which a CPU multiplies with a few rows in less time, to three
-            quarters. For sampling alone: it is not split along `fsdp`, and nothing is kept for a backward pass.
+        by_output: the kernel is given as [out, in], which a CPU multiplies with a few rows in less time. For sampling
+            alone: it is not split along `fsdp`, and nothing is kept for a backward pass.
     """
 
     features: int
