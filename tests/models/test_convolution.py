@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vqroi_jax import hlo
-from vqroi_jax.models import convolution, slab_convolution
+from vqroi_jax.models import convolution, slab_convolution, windows
 from vqroi_jax.models.axes import AXES, ROWS, VOLUMES
 from vqroi_jax.models.convolution import conv3d, upsample_conv3d
 
@@ -35,8 +35,14 @@ CASES = {  # batch, sides, in, out, kernel, stride, padding
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch):
     """Slabs so small that even these volumes are cut into several."""
-    monkeypatch.setattr(slab_convolution, '_SLAB_WINDOWS', 40)
+    monkeypatch.setattr(slab_convolution, '_SLAB_TILES', 40)
     monkeypatch.setattr(slab_convolution, '_SLAB_NUMBERS', 40)
+
+
+@pytest.fixture(params=['direct', 'winograd'])
+def form(request, monkeypatch):
+    """Every kernel that can be is multiplied in this form, however small the slices."""
+    monkeypatch.setattr(windows, '_LEAST_TILES', 0 if request.param == 'winograd' else math.inf)
 
 
 def plain(x, kernel, bias, stride, padding):
@@ -80,6 +86,7 @@ def assert_same(ours, theirs, tolerance=1e-5):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 def test_equals_lax_with_all_gradients(case):
     *sizes, stride, padding = case
@@ -117,6 +124,7 @@ def test_bfloat16_is_summed_in_float32(case):
     assert_same([value.astype(jnp.float32) for value in ours], wide, tolerance=2**-7)
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('sizes', [(2, (5, 4, 3), 3, 4, 3), (1, (1, 2, 1), 2, 1, 3)], ids=['odd', 'tiny'])
 def test_upsampling_equals_repeating_and_convolving(sizes):
     def theirs(x, kernel, bias):
@@ -139,6 +147,7 @@ def test_gradient_in_one_argument_alone(argument):
     assert_same(ours, gradient(lambda *inputs: plain(*inputs, 1, 1)))
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('case', ['k3', 'k4 stride 2, one channel, odd sides'])
 def test_second_derivatives(case):
     *sizes, stride, padding = CASES[case]
@@ -171,6 +180,7 @@ def test_refuses_what_does_not_fit(kernel, padding):
         conv3d(jnp.zeros((1, 5, 5, 5, 3)), jnp.zeros(kernel), padding=padding)
 
 
+@pytest.mark.usefixtures('form')
 def test_a_sharded_batch_stays_sharded():
     mesh = Mesh(np.asarray(jax.devices()), ('data',))
     rows, whole = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())
@@ -202,6 +212,7 @@ SPLIT = {  # case, mesh of data and spatial, and how many slices of the result e
 }
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize(
     'name',
     [name if name in ('k4 stride 2', 'upsampling') else pytest.param(name, marks=pytest.mark.long) for name in SPLIT],

@@ -3,9 +3,9 @@
 XLA's own 3D convolution on a CPU reaches a fifth of the speed of its matrix product, and the gradients less. Here a
 volume is walked through depth slice by depth slice, each slice in slabs of a few rows. A slab's k x k windows are
 laid side by side (im2col within the slice: what is copied stays in the cache) and multiplied with all k depth
-slices of the kernel at once. Product a belongs to output slice `d + padding - a`, so k partial sums travel along
-with the walk and one of them is complete after each slice. Nothing the size of the volume is allocated but the
-result.
+slices of the kernel at once, as they are or by Winograd's filtering (`windows`). Product a belongs to output slice
+`d + padding - a`, so k partial sums travel along with the walk and one of them is complete after each slice. Nothing
+the size of the volume is allocated but the result.
 
 The batch stays an axis of every array on the way, so that a volume sharded along it stays sharded.
 `convolution` calls this module, and owns strides, other platforms and differentiation.
@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_SLAB_WINDOWS = 1024  # least number of windows in a slab: products with fewer rows are slower
-_SLAB_NUMBERS = 2**16  # of `x` in a slab: with k3 the windows then hold 2.4 MB, which the caches do
+from vqroi_jax.models import windows
+
+_SLAB_TILES = 1024  # least number of tiles in a slab: products with fewer rows are slower
+_SLAB_NUMBERS = 2**16  # least tiles times channels: with k3 the windows then hold 2.4 MB (4.7 in tiles of several)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: tuple[int, int]) -> jax.Array:
@@ -99,61 +101,69 @@ def _walk(
     batch, depth, _, _, channels = x.shape
     ends, around = padding  # zeros at both ends of the depth axis, and around each slice
     features = bias.shape[0]
-    slabs, rows = _slabs(batch, *sides[1:], channels)
+    form = windows.quickest(k, *sides[1:], x.dtype)
+    tiles = -(-sides[2] // form.results)
+    slabs, rows = _slabs(batch, sides[1], tiles, channels)
     extra_rows = slabs * rows - sides[1]  # of zeros, to fill the last slab
-    weights = None if kernel is None else jnp.moveaxis(kernel, 0, 3).reshape(-1, k * features)
+    extra_columns = tiles * form.results - sides[2]  # likewise the last tile
+    weights = None if kernel is None else form.weights(kernel)
 
     def one_slice(d, carry):
-        y, sums, total = carry
+        y, sums, total, others = carry
         plane = lax.dynamic_index_in_dim(x, d, 1, keepdims=False)
-        plane = jnp.pad(plane, ((0, 0), (around, around + extra_rows), (around, around), (0, 0)))
+        plane = jnp.pad(plane, ((0, 0), (around, around + extra_rows), (around, around + extra_columns), (0, 0)))
         if companion is not None:
-            others = jnp.concatenate([_slice_or_zeros(companion, d + ends - tap) for tap in range(k)], -1)
-            others = jnp.pad(others, ((0, 0), (0, extra_rows), (0, 0), (0, 0)))
+            others = jnp.concatenate([turned(companion, d + ends), others[:, :-features]], 1)
 
         def one_slab(slab, carry):
             sums, total = carry
-            windows = _windows(_rows(plane, slab * rows, rows + k - 1), k, rows, sides[2])
+            taken = form.windows(_rows(plane, slab * rows, rows + k - 1))
             if weights is not None:
                 earlier = _rows(sums, slab * rows, rows)[..., :-features]
-                new = _product(windows, weights, (3,), (0,))
+                new = form.combine(_product(taken, weights, (4,), (1,)))
                 new += jnp.pad(earlier, ((0, 0), (0, 0), (0, 0), (features, 0)))
                 sums = lax.dynamic_update_slice_in_dim(sums, new, slab * rows, 1)
             if companion is not None:
-                total += _product(_rows(others, slab * rows, rows), windows, (0, 1, 2), (0, 1, 2))
+                spread = form.spread(lax.dynamic_slice_in_dim(others, slab * rows, rows, 3))
+                total += _product(spread, taken, (2, 3, 4), (1, 2, 3))
             return sums, total
 
         sums, total = lax.fori_loop(0, slabs, one_slab, (sums, total))
         if weights is not None:
             # Results before the first (there are some if `ends` is less than k - 1) are overwritten by it.
             y = put(y, sums, k - 1, jnp.maximum(d + ends - k + 1, 0))
-        return y, sums, total
+        return y, sums, total, others
+
+    def turned(y, d):
+        """A slice as [results of a tile, out, B, h, tiles]: what a product contracts has to come last."""
+        plane = _slice_or_zeros(y, d)
+        plane = jnp.pad(plane, ((0, 0), (0, extra_rows), (0, extra_columns), (0, 0)))
+        return plane.reshape(batch, slabs * rows, tiles, form.results, features).transpose(3, 4, 0, 1, 2)
 
     def put(y, sums, tap, d):
-        done = sums[:, None, : sides[1], :, tap * features : (tap + 1) * features]
+        done = sums[:, None, : sides[1], : sides[2], tap * features : (tap + 1) * features]
         return lax.dynamic_update_slice_in_dim(y, (done + bias).astype(y.dtype), d, 1)
 
-    y = sums = total = None
+    y = sums = total = others = None
     if weights is not None:
         # All of it is overwritten; zeros would be one buffer that XLA keeps and copies for every convolution.
         y = jnp.broadcast_to(x[:, :1, :1, :1, :1], (batch, *sides, features))
-        sums = jnp.zeros((batch, slabs * rows, sides[2], k * features), jnp.float32)
+        sums = jnp.zeros((batch, slabs * rows, tiles * form.results, k * features), jnp.float32)
     if companion is not None:
         # Rather than turned over, which it is once at the end: the operand that is read by columns is then the smaller.
-        total = jnp.zeros((k * features, k * k * channels), jnp.float32)
-    y, sums, total = lax.fori_loop(0, depth, one_slice, (y, sums, total))
+        total = jnp.zeros((form.points, k * features, form.taps * channels), jnp.float32)
+        others = jnp.concatenate([turned(companion, ends - 1 - tap) for tap in range(k)], 1)
+    y, sums, total, others = lax.fori_loop(0, depth, one_slice, (y, sums, total, others))
     if weights is not None:
         for tap in range(k - 2, k - 2 - ends, -1):  # the slices that only padding was to follow
             y = put(y, sums, tap, depth - 1 + ends - tap)
-    if companion is not None:
-        total = total.reshape(k, features, k, k, channels).transpose(0, 2, 3, 4, 1)
-    return y, total
+    return y, None if total is None else form.kernel_gradient(total, channels)
 
 
-def _slabs(batch: int, height: int, width: int, channels: int) -> tuple[int, int]:
-    """Splits `height` rows into slabs; returns how many there are and the rows of each."""
-    windows = max(_SLAB_WINDOWS, _SLAB_NUMBERS // channels)
-    rows = -(-height // max(1, round(batch * height * width / windows)))
+def _slabs(batch: int, height: int, tiles: int, channels: int) -> tuple[int, int]:
+    """Splits `height` rows, of `tiles` tiles each, into slabs; returns how many there are and the rows of each."""
+    least = max(_SLAB_TILES, _SLAB_NUMBERS // channels)
+    rows = -(-height // max(1, round(batch * height * tiles / least)))
     return -(-height // rows), rows
 
 
@@ -166,11 +176,5 @@ def _rows(plane: jax.Array, start: jax.Array, rows: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(plane, start, rows, 1)
 
 
-def _windows(rows: jax.Array, k: int, height: int, width: int) -> jax.Array:
-    """Lays the k x k windows that start at each point of a height x width grid along the channels."""
-    starts = [(row, column) for row in range(k) for column in range(k)]
-    return jnp.concatenate([rows[:, i : i + height, j : j + width] for i, j in starts], -1)
-
-
 def _product(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:
-    return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, ((a_axes, b_axes), ((0,), (0,))), preferred_element_type=jnp.float32)
