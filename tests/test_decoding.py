@@ -13,7 +13,7 @@ import pytest
 from vqroi_jax import decoding
 from vqroi_jax.decoding import UNKNOWN, Sampling
 from vqroi_jax.errors import InputError
-from vqroi_jax.models.transformer import Transformer, unstack
+from vqroi_jax.models.transformer import Transformer
 
 CODES, CLASSES, LENGTH, ROWS = 13, 3, 18, 5
 CLEAR = 1e-4  # the two best must lie this far apart for the best to be told
@@ -107,17 +107,29 @@ def keys_and_labels(seed=0, rows=ROWS):
 
 def autoregressive(keys, labels, given, sampling):
     model, params = start()
-    draw = jax.jit(lambda *args: decoding.autoregressive(model, unstack(params), *args, CODES, sampling))
+    drawn = decoding.drawing_params(model, params)
+    draw = jax.jit(lambda *args: decoding.autoregressive(model, drawn, *args, CODES, sampling))
     return np.asarray(draw(keys, labels, given))
 
 
 NOTHING = np.full((ROWS, LENGTH), UNKNOWN, np.int32)
 
 
+@pytest.fixture(params=[24, 25], ids=['kernels by output', 'kernels by input'])
+def least_width(request, monkeypatch):
+    """The width of the models here lies on either side of where kernels are turned over."""
+    monkeypatch.setattr(decoding, '_BY_OUTPUT', request.param)
+
+
 @pytest.mark.parametrize('rows', [1, 4])
+@pytest.mark.usefixtures('least_width')
 def test_caches_are_written_where_they_are(rows):
     model, params = start()
-    shapes = jax.eval_shape(unstack, params), *keys_and_labels(rows=rows), NOTHING[:1].repeat(rows, 0)
+    shapes = (
+        jax.eval_shape(functools.partial(decoding.drawing_params, model), params),
+        *keys_and_labels(rows=rows),
+        NOTHING[:1].repeat(rows, 0),
+    )
     draw = jax.jit(lambda *args: decoding.autoregressive(model, *args, CODES, Sampling()))
     text = draw.lower(*shapes).compile().as_text()
     caches = rf'f32\[(?:{rows},{model.heads}|{rows * model.heads}),\d+,{model.width // model.heads}\]'
@@ -138,6 +150,7 @@ def test_caches_are_written_where_they_are(rows):
     ],
     ids=str,
 )
+@pytest.mark.usefixtures('least_width')
 def test_cached_sampling_equals_recomputing_everything(sampling):
     keys, labels = keys_and_labels()
     tokens = autoregressive(keys, labels, NOTHING, sampling)

@@ -21,6 +21,7 @@ from vqroi_jax.errors import InputError
 from vqroi_jax.models.transformer import Block, Transformer
 
 UNKNOWN = -1  # in place of a token that is to be drawn
+_BY_OUTPUT = 512  # least width of a network whose kernels are turned over: drawing then takes less time
 _SEGMENTS = 4  # of a sequence; the caches grow from one to the next, so that early tokens do not attend to empty places
 
 
@@ -76,6 +77,23 @@ def method_of(model: Transformer) -> str:
     return 'autoregressive' if model.causal else 'parallel'
 
 
+def drawing_params(model: Transformer, params: dict) -> dict:
+    """A trained network's parameters as it is sampled with them; the functions below take no others.
+
+    A causal network's `blocks` become a list of one dict a layer, with the kernels of its linear layers turned over,
+    [out, in], if it is wide.
+    """
+    if not model.causal:
+        return params
+    of_layer = (lambda p, n: p[n].T) if _by_output(model) else (lambda p, n: p[n])
+    blocks = [jax.tree.map(lambda p, n=n: of_layer(p, n), params['blocks']) for n in range(model.layers)]
+    return {**params, 'blocks': blocks}
+
+
+def _by_output(model: Transformer) -> bool:
+    return model.width >= _BY_OUTPUT
+
+
 def sample(
     model: Transformer,
     params: dict,
@@ -90,7 +108,7 @@ def sample(
 
     Args:
         model: of stage 2.
-        params: its parameters, unstacked if it is causal (see `autoregressive`).
+        params: its `drawing_params`.
         seed: uint32 scalar.
         labels: class numbers int32 `[B]`.
         indices: uint32 `[B]`.
@@ -173,7 +191,7 @@ def autoregressive(
 
     Args:
         model: causal.
-        params: its parameters, unstacked (`vqroi_jax.models.transformer.unstack`), of the model's dtype or float32.
+        params: its `drawing_params`, of the model's dtype or float32.
         keys: random keys `[B]`.
         labels: class numbers int32 `[B]`.
         given: int32 `[B, L]`: tokens in [0, K) that are to stay, and `UNKNOWN` where to draw. A token is drawn from
@@ -185,7 +203,8 @@ def autoregressive(
         int32 `[B, L]`, each in [0, K).
     """
     conditions = _conditions(model, labels, codes, sampling)
-    length, block = given.shape[1], Block(model.width, model.heads, dtype=model.dtype, by_output=True)
+    length = given.shape[1]
+    block = Block(model.width, model.heads, dtype=model.dtype, by_output=_by_output(model))
     empty = jnp.zeros((len(conditions), model.heads, 0, model.width // model.heads), model.dtype)
 
     def one_position(position, carry):
@@ -227,7 +246,7 @@ def parallel(
 
     Args:
         model: bidirectional.
-        params: its parameters.
+        params: its `drawing_params`.
         keys: random keys `[B]`.
         labels: class numbers int32 `[B]`.
         given: int32 `[B, L]`: tokens in [0, K) that are to stay (in-painting), and `UNKNOWN` where to draw.

@@ -26,7 +26,6 @@ from vqroi_jax.code_version import code_version
 from vqroi_jax.decoding import UNKNOWN, Sampling
 from vqroi_jax.errors import InputError
 from vqroi_jax.model_card import CARD_FILE
-from vqroi_jax.models.transformer import unstack
 from vqroi_jax.templates import render_text
 from vqroi_jax.trained import TrainedTransformer, load_transformer
 from vqroi_jax.workdir import is_primary, open_workdir, require_space, write_atomically
@@ -161,7 +160,7 @@ def describe(transformer: TrainedTransformer, sampling: Sampling, platforms: tup
 
 
 def _drawing_weights(transformer: TrainedTransformer) -> Any:
-    return unstack(transformer.params) if transformer.model.causal else transformer.params
+    return decoding.drawing_params(transformer.model, transformer.params)
 
 
 def _decoding_weights(transformer: TrainedTransformer) -> Any:

@@ -7,6 +7,7 @@ is allocated. `vqroi_jax.plan` is the command on top.
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -21,10 +22,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vqroi_jax import hlo
-from vqroi_jax.decoding import Sampling
+from vqroi_jax.decoding import Sampling, drawing_params
 from vqroi_jax.errors import InputError
 from vqroi_jax.models import layers
-from vqroi_jax.models.transformer import unstack
 from vqroi_jax.targets import GIB, Target
 from vqroi_jax.trained import TrainedVQGAN, decode_function, draw_function
 from vqroi_jax.training import partitioning, transformer, vqgan
@@ -86,8 +86,7 @@ def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
     stage1, settings = _stage1(config, mesh), config.generate
     recipe = _transformer_recipe(config, stage1)
     model, length = recipe.model, recipe.masking.length
-    params = transformer.state_shapes(recipe).params
-    params = jax.eval_shape(unstack, params) if model.causal else params
+    params = jax.eval_shape(functools.partial(drawing_params, model), transformer.state_shapes(recipe).params)
     params = partitioning.placed_shapes(params, partitioning.replicated(mesh))
     sampling = Sampling.read(settings.sampling, model, stage1.model.codes, config.cohort.classes)
     rows = settings.sampling.sub_batch * partitioning.row_parts(mesh)

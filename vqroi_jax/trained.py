@@ -22,7 +22,7 @@ from vqroi_jax import decoding
 from vqroi_jax.data.learnt_from import LearntFrom, read_learnt_from
 from vqroi_jax.decoding import UNKNOWN, Sampling
 from vqroi_jax.errors import InputError
-from vqroi_jax.models.transformer import Transformer, unstack
+from vqroi_jax.models.transformer import Transformer
 from vqroi_jax.models.vqgan import VQGAN
 from vqroi_jax.training import partitioning, transformer
 from vqroi_jax.training.checkpoints import read_checkpoint, saved_steps
@@ -347,8 +347,8 @@ class Sampler:
 
     def use(self, params: Any) -> 'Sampler':
         """Draws with these parameters from now on, blocks stacked, wherever they are; returns itself."""
-        params = jax.device_put(params, self._whole)
-        self._params = jax.jit(unstack)(params) if self._model.causal else params
+        arrange = jax.jit(functools.partial(decoding.drawing_params, self._model))
+        self._params = arrange(jax.device_put(params, self._whole))
         return self
 
     def reseed(self, seed: int) -> 'Sampler':

@@ -40,7 +40,6 @@ import numpy as np
 from stage1_step import MEMORY_STEPS, Side, compare_steps, count_operations, peak_memory, product_rate, seconds
 
 from vqroi_jax import decoding, large_pages
-from vqroi_jax.models.transformer import unstack
 from vqroi_jax.training import partitioning, transformer
 
 ROOT = Path(__file__).parents[2]
@@ -253,15 +252,16 @@ def add_up(times: dict[int, float], length: int) -> float:
 
 
 def weights(params: dict) -> tuple[int, int]:
-    """Numbers that a token needs of the unstacked parameters: all but the embeddings, and of these the kernels."""
-    leaves = jax.tree.leaves({name: part for name, part in params.items() if not name.endswith('_embedding')})
-    return sum(leaf.size for leaf in leaves), sum(leaf.size for leaf in leaves if leaf.ndim > 1)
+    """Numbers that a token needs of a network's parameters: all but the embeddings, and of these the kernels."""
+    leaves = jax.tree.leaves_with_path({name: part for name, part in params.items() if not name.endswith('_embedding')})
+    kernels = [leaf for path, leaf in leaves if path[-1].key == 'kernel']
+    return sum(leaf.size for _, leaf in leaves), sum(kernel.size for kernel in kernels)
 
 
 def measure_sampling(options: argparse.Namespace, rate: float) -> None:
     """Measures both sides' samplers and prints their tables."""
     recipe = make_recipe(options)
-    params = jax.jit(unstack)(make_params(recipe))
+    params = jax.jit(functools.partial(decoding.drawing_params, recipe.model))(make_params(recipe))
     read, multiplied = weights(params)
     speed = bandwidth()
     rows, notes = [], []
@@ -328,7 +328,7 @@ def measure_parallel(options: argparse.Namespace, rate: float) -> None:
     """Measures parallel decoding and prints its table."""
     recipe = make_recipe(options, 'bidirectional')
     params = make_params(recipe)
-    _, multiplied = weights(jax.eval_shape(unstack, params))
+    _, multiplied = weights(params)
     run = our_sampler(recipe, params, PARALLEL_BATCH, options.length)
     times = [seconds(run)[0] / PARALLEL_BATCH for _ in range(options.repeats)]
     ours = statistics.median(times)

@@ -16,7 +16,7 @@ from oracle.comparison import QUICK_COMPILATION, assert_near  # noqa: E402
 from oracle.from_flax import transformer_state  # noqa: E402
 
 from vqroi_jax import decoding  # noqa: E402
-from vqroi_jax.models.transformer import Transformer, unstack  # noqa: E402
+from vqroi_jax.models.transformer import Transformer  # noqa: E402
 from vqroi_jax.training import partitioning, transformer  # noqa: E402
 
 SIZES = torch_transformer.Sizes(codes=13, classes=3, length=24, layers=3, width=32, heads=4)
@@ -134,8 +134,9 @@ def test_cached_sampling_token_by_token(changes):
     given = np.full((ROWS, SIZES.length), decoding.UNKNOWN, np.int32)
     given[1, :9] = np.arange(9)
     sampling = decoding.Sampling(**changes)
+    drawn = decoding.drawing_params(recipe.model, state.params)
     draw = jax.jit(
-        lambda *arrays: decoding.autoregressive(recipe.model, unstack(state.params), *arrays, SIZES.codes, sampling),
+        lambda *arrays: decoding.autoregressive(recipe.model, drawn, *arrays, SIZES.codes, sampling),
         compiler_options=QUICK_COMPILATION,
     )
     tokens = np.asarray(draw(keys, labels, given))

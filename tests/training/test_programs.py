@@ -4,6 +4,7 @@ Steps and sampler are traced from shapes, at the small sizes of the configs' var
 test says so.
 """
 
+import functools
 import runpy
 import warnings
 from collections import Counter
@@ -14,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqroi_jax.decoding import Sampling
-from vqroi_jax.models.transformer import unstack
+from vqroi_jax.decoding import Sampling, drawing_params
 from vqroi_jax.trained import draw_function
 from vqroi_jax.training import partitioning, transformer, vqgan
 
@@ -67,7 +67,7 @@ def stage2():
 
 def sampler():
     recipe = stage2_recipe(**{'model.remat': 'none'})
-    params = jax.eval_shape(unstack, transformer.state_shapes(recipe).params)
+    params = jax.eval_shape(functools.partial(drawing_params, recipe.model), transformer.state_shapes(recipe).params)
     draw = partitioning.jit_on_each_device(draw_function(recipe.model, CODES, Sampling()), mesh())
     wanted = shape(8), shape(8, dtype=jnp.uint32), shape(8, recipe.masking.length)
     return draw, ((params, shape(dtype=jnp.uint32)), wanted)

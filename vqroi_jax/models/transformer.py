@@ -28,7 +28,7 @@ class Block(nn.Module):
         heads: of the attention.
         causal: a position sees itself and earlier ones alone; else all.
         dtype: of products and activations; softmax and norms compute in float32.
-        by_output: the linear layers' kernels are given as `unstack` makes them, [out, in].
+        by_output: the linear layers' kernels are given as [out, in].
     """
 
     width: int
@@ -167,13 +167,3 @@ def gelu(x: jax.Array) -> jax.Array:
     """
     wide = x.astype(jnp.float32)
     return (wide * (0.5 * (1 + jax.lax.erf(wide * 0.5**0.5)))).astype(x.dtype)
-
-
-def unstack(params: dict) -> dict:
-    """The parameters as `vqroi_jax.decoding` steps through them.
-
-    `blocks` becomes a list of one dict a layer, with the kernels of its linear layers turned over, [out, in].
-    """
-    layers = jax.tree.leaves(params['blocks'])[0].shape[0]
-    blocks = [jax.tree.map(lambda p, n=n: p[n].T, params['blocks']) for n in range(layers)]
-    return {**params, 'blocks': blocks}
