@@ -85,8 +85,9 @@ def drawing_params(model: Transformer, params: dict) -> dict:
     """
     if not model.causal:
         return params
-    of_layer = (lambda p, n: p[n].T) if _by_output(model) else (lambda p, n: p[n])
-    blocks = [jax.tree.map(lambda p, n=n: of_layer(p, n), params['blocks']) for n in range(model.layers)]
+    blocks = [jax.tree.map(lambda p, n=n: p[n], params['blocks']) for n in range(model.layers)]
+    if _by_output(model):
+        blocks = jax.tree.map(jnp.transpose, blocks)
     return {**params, 'blocks': blocks}
 
 

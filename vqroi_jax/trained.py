@@ -347,8 +347,8 @@ class Sampler:
 
     def use(self, params: Any) -> 'Sampler':
         """Draws with these parameters from now on, blocks stacked, wherever they are; returns itself."""
-        arrange = jax.jit(functools.partial(decoding.drawing_params, self._model))
-        self._params = arrange(jax.device_put(params, self._whole))
+        arrange = jax.jit(decoding.drawing_params, static_argnums=0)
+        self._params = arrange(self._model, jax.device_put(params, self._whole))
         return self
 
     def reseed(self, seed: int) -> 'Sampler':

@@ -261,7 +261,7 @@ def weights(params: dict) -> tuple[int, int]:
 def measure_sampling(options: argparse.Namespace, rate: float) -> None:
     """Measures both sides' samplers and prints their tables."""
     recipe = make_recipe(options)
-    params = jax.jit(functools.partial(decoding.drawing_params, recipe.model))(make_params(recipe))
+    params = jax.jit(decoding.drawing_params, static_argnums=0)(recipe.model, make_params(recipe))
     read, multiplied = weights(params)
     speed = bandwidth()
     rows, notes = [], []
