@@ -6,9 +6,9 @@ Source: Zhang et al. 2018, and section 2.2 of the design for how volumes are sho
 
 import hashlib
 import importlib.util
+import itertools
 import pathlib
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -54,34 +54,46 @@ def _unit(features: jax.Array) -> jax.Array:
     return jnp.where(square > 0, features / (norm + 1e-10), 0.0)
 
 
-def _stages(images: jax.Array, dtype: jnp.dtype) -> Iterator[jax.Array]:
-    """The last map `[N, h, w, features]` of each of VGG16's five stages; its layers belong to the calling module.
-
-    Args:
-        images: `[N, H, W, 3]` in [-1, 1], sides of at least 16.
-        dtype: of the convolutions.
-    """
-    x = ((images.astype(jnp.float32) - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE)).astype(dtype)
-    number = 0
-    for stage, widths in enumerate(_STAGES):
-        if stage > 0:
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        for width in widths:
-            x = nn.relu(nn.Conv(width, (3, 3), padding=1, dtype=dtype, name=f'conv_{number}')(x))
-            number += 1
-        yield x
-
-
-class LPIPS(nn.Module):
-    """Distance of image pairs; its parameters are constants (`load_weights`), never trained.
+class _VGG16(nn.Module):
+    """VGG16's convolutions; its parameters are constants (`load_weights`), never trained.
 
     Attributes:
-        dtype: of the convolutions; distances are float32.
+        dtype: of the convolutions.
     """
 
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        """Builds the convolutions, `conv_0` and so on."""
+        widths = [width for stage in _STAGES for width in stage]
+        self.conv = [nn.Conv(width, (3, 3), padding=1, dtype=self.dtype) for width in widths]
+
+    def stages(self, images: jax.Array) -> list[jax.Array]:
+        """The last map `[N, h, w, features]` of each of the five stages.
+
+        Args:
+            images: `[N, H, W, 3]` in [-1, 1], sides of at least 16.
+        """
+        x = ((images.astype(jnp.float32) - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE)).astype(self.dtype)
+        maps, layers = [], iter(self.conv)
+        for stage, widths in enumerate(_STAGES):
+            if stage > 0:
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            for layer in itertools.islice(layers, len(widths)):
+                x = nn.relu(layer(x))
+            maps.append(x)
+        return maps
+
+
+class LPIPS(_VGG16):
+    """Distance of image pairs, float32."""
+
+    def setup(self):
+        """Builds the heads too."""
+        super().setup()
+        init = nn.initializers.zeros_init()
+        self.head = [self.param(f'head_{stage}', init, widths[-1:]) for stage, widths in enumerate(_STAGES)]
+
     def __call__(self, images: jax.Array, others: jax.Array) -> jax.Array:
         """Distances of pairs.
 
@@ -93,18 +105,15 @@ class LPIPS(nn.Module):
             float32 `[N]`.
         """
         distance = jnp.zeros((images.shape[0],), jnp.float32)
-        pairs = jnp.stack([images, others], axis=1)  # side by side, so that both lie on the device that has the sample
-        for stage, x in enumerate(_stages(pairs.reshape(-1, *images.shape[1:]), self.dtype)):
-            one, other = jnp.moveaxis(_unit(x).reshape(-1, 2, *x.shape[1:]), 1, 0)
-            head = self.param(f'head_{stage}', nn.initializers.zeros_init(), x.shape[-1:])
-            distance += jnp.mean(jnp.square(one - other) @ head, axis=(1, 2))
+        # A pass for each: the gradient in one of the two then costs nothing for the other.
+        for one, other, head in zip(self.stages(images), self.stages(others), self.head, strict=True):
+            distance += jnp.mean(jnp.square(_unit(one) - _unit(other)) @ head, axis=(1, 2))
         return distance
 
 
-class VGG16Features(nn.Module):
+class VGG16Features(_VGG16):
     """What VGG16 sees in images, for distances between sets of them; of `load_weights`, it reads the convolutions."""
 
-    @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """The last convolution's map, averaged over the image.
 
@@ -114,8 +123,7 @@ class VGG16Features(nn.Module):
         Returns:
             float32 `[N, 512]`, not negative.
         """
-        *_, last = _stages(images, jnp.float32)
-        return jnp.mean(last, axis=(1, 2))
+        return jnp.mean(self.stages(images)[-1], axis=(1, 2))
 
 
 def slice_range(depth: int) -> tuple[int, int]:
