@@ -34,9 +34,16 @@ CASES = {  # batch, sides, in, out, kernel, stride, padding
 
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch):
-    """Slabs so small that even these volumes are cut into several."""
+    """Slabs so small that even these volumes are cut into several, and none is multiplied all at once."""
+    monkeypatch.setattr(slab_convolution, '_FEW_TILES', 0)
     monkeypatch.setattr(slab_convolution, '_SLAB_TILES', 40)
     monkeypatch.setattr(slab_convolution, '_SLAB_NUMBERS', 40)
+
+
+@pytest.fixture(params=['slice by slice', 'all slices at once'])
+def way(request, small_slabs, monkeypatch):
+    """How a volume's slices are multiplied, however large they are."""
+    monkeypatch.setattr(slab_convolution, '_FEW_TILES', 0 if request.param == 'slice by slice' else math.inf)
 
 
 @pytest.fixture(params=['direct', 'winograd'])
@@ -86,7 +93,7 @@ def assert_same(ours, theirs, tolerance=1e-5):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
 
 
-@pytest.mark.usefixtures('form')
+@pytest.mark.usefixtures('form', 'way')
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 def test_equals_lax_with_all_gradients(case):
     *sizes, stride, padding = case
@@ -112,6 +119,7 @@ def test_other_platforms_get_their_own_convolutions_and_no_loop(platform):
     assert 'while' in program.trace(x, kernel).lower(lowering_platforms=('cpu',)).as_text()
 
 
+@pytest.mark.usefixtures('way')
 @pytest.mark.parametrize('case', ['k3', 'k4 stride 2', 'k1'])
 def test_bfloat16_is_summed_in_float32(case):
     *sizes, stride, padding = CASES[case]
@@ -181,6 +189,7 @@ def test_refuses_what_does_not_fit(kernel, padding):
 
 
 @pytest.mark.usefixtures('form')
+@pytest.mark.usefixtures('way')
 def test_a_sharded_batch_stays_sharded():
     mesh = Mesh(np.asarray(jax.devices()), ('data',))
     rows, whole = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())

@@ -5,7 +5,8 @@ volume is walked through depth slice by depth slice, each slice in slabs of a fe
 laid side by side (im2col within the slice: what is copied stays in the cache) and multiplied with all k depth
 slices of the kernel at once, as they are or by Winograd's filtering (`windows`). Product a belongs to output slice
 `d + padding - a`, so k partial sums travel along with the walk and one of them is complete after each slice. Nothing
-the size of the volume is allocated but the result.
+the size of the volume is allocated but the result. Where a slice has few windows, as in the deepest maps, every
+product would read a large kernel for little: then all slices are multiplied at once, and their products added up.
 
 The batch stays an axis of every array on the way, so that a volume sharded along it stays sharded.
 `convolution` calls this module, and owns strides, other platforms and differentiation.
@@ -17,6 +18,7 @@ from jax import lax
 
 from vqroi_jax.models import windows
 
+_FEW_TILES = 128  # of a slice, below which products take longer to read a kernel than to multiply with it
 _SLAB_TILES = 1024  # least number of tiles in a slab: products with fewer rows are slower
 _SLAB_NUMBERS = 2**16  # least tiles times channels: with k3 the windows then hold 2.4 MB (4.7 in tiles of several)
 
@@ -33,9 +35,11 @@ def convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: tuple[in
     Returns:
         [B, d, h, w, out] of the dtype of `x`.
     """
+    if _is_product(kernel, padding):
+        return (_channels_times(x, kernel[0, 0, 0]) + bias).astype(x.dtype)
     zeros = (padding[0], padding[1], padding[1])
     depth, height, width = (side + 2 * z - kernel.shape[0] + 1 for side, z in zip(x.shape[1:4], zeros, strict=True))
-    products, _ = _walk(x, kernel.shape[0], padding, (depth, height, width), kernel=kernel, bias=bias)
+    products, _ = _correlate(x, kernel.shape[0], padding, (depth, height, width), kernel=kernel, bias=bias)
     assert products is not None, 'there is a kernel'
     return products
 
@@ -58,9 +62,16 @@ def gradients(
     Returns:
         Both, of the shapes and dtypes of `x` and `kernel`; None for what is not wanted.
     """
+    if _is_product(kernel, padding):
+        x_gradient = _channels_times(gradient, kernel[0, 0, 0].T).astype(x.dtype) if wanted[0] else None
+        if not wanted[1]:
+            return x_gradient, None
+        # In this order a wide `x` is read as it lies.
+        turned = jnp.einsum('...o,...i->oi', gradient.astype(jnp.float32), x.astype(jnp.float32))
+        return x_gradient, turned.T[None, None, None].astype(kernel.dtype)
     k, (depth, height, width) = kernel.shape[0], x.shape[1:4]
     flipped = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
-    x_gradient, flipped_gradient = _walk(
+    x_gradient, flipped_gradient = _correlate(
         gradient,
         k,
         (k - 1 - padding[0], k - 1 - padding[1]),
@@ -74,7 +85,16 @@ def gradients(
     return x_gradient, jnp.flip(flipped_gradient, (0, 1, 2)).swapaxes(3, 4).astype(kernel.dtype)
 
 
-def _walk(
+def _is_product(kernel: jax.Array, padding: tuple[int, int]) -> bool:
+    """Whether a convolution is a matrix product as it is, of each voxel's channels."""
+    return kernel.shape[0] == 1 and padding == (0, 0)
+
+
+def _channels_times(x: jax.Array, weights: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) @ weights.astype(jnp.float32)
+
+
+def _correlate(
     x: jax.Array,
     k: int,
     padding: tuple[int, int],
@@ -98,15 +118,31 @@ def _walk(
     Returns:
         The products, [B, d, h, w, out], and the correlations, float32 [k, k, k, in, out]; None for what is not done.
     """
-    batch, depth, _, _, channels = x.shape
-    ends, around = padding  # zeros at both ends of the depth axis, and around each slice
-    features = bias.shape[0]
     form = windows.quickest(k, *sides[1:], x.dtype)
     tiles = -(-sides[2] // form.results)
+    way = _at_once if x.shape[0] * sides[1] * tiles < _FEW_TILES else _walk
+    weights = None if kernel is None else form.weights(kernel)
+    y, total = way(x, form, tiles, padding, sides, weights, bias, companion)
+    return y, None if total is None else form.kernel_gradient(total, x.shape[-1])
+
+
+def _walk(
+    x: jax.Array,
+    form: windows.Direct,
+    tiles: int,
+    padding: tuple[int, int],
+    sides: tuple[int, int, int],
+    weights: jax.Array | None,
+    bias: jax.Array,
+    companion: jax.Array | None,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """`_correlate` slice by slice, with weights and sums of correlations as `form` has them."""
+    k, (batch, depth, _, _, channels) = form.k, x.shape
+    ends, around = padding  # zeros at both ends of the depth axis, and around each slice
+    features = bias.shape[0]
     slabs, rows = _slabs(batch, sides[1], tiles, channels)
     extra_rows = slabs * rows - sides[1]  # of zeros, to fill the last slab
     extra_columns = tiles * form.results - sides[2]  # likewise the last tile
-    weights = None if kernel is None else form.weights(kernel)
 
     def one_slice(d, carry):
         y, sums, total, others = carry
@@ -157,7 +193,40 @@ def _walk(
     if weights is not None:
         for tap in range(k - 2, k - 2 - ends, -1):  # the slices that only padding was to follow
             y = put(y, sums, tap, depth - 1 + ends - tap)
-    return y, None if total is None else form.kernel_gradient(total, channels)
+    return y, total
+
+
+def _at_once(
+    x: jax.Array,
+    form: windows.Direct,
+    tiles: int,
+    padding: tuple[int, int],
+    sides: tuple[int, int, int],
+    weights: jax.Array | None,
+    bias: jax.Array,
+    companion: jax.Array | None,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """As `_walk`, all slices in one product."""
+    k, (batch, depth) = form.k, x.shape[:2]
+    ends, around = padding
+    extra_columns = tiles * form.results - sides[2]
+    planes = jnp.pad(x, ((0, 0), (0, 0), (around, around), (around, around + extra_columns), (0, 0)))
+    taken = form.windows(planes.reshape(batch * depth, *planes.shape[2:]))
+    y = total = None
+    if weights is not None:
+        new = form.combine(_product(taken, weights, (4,), (1,)))
+        new = new.reshape(batch, depth, *new.shape[1:3], k, -1)
+        new = jnp.pad(new, ((0, 0), (ends, ends), *((0, 0),) * 4))
+        done = sum(new[:, tap : tap + sides[0], :, : sides[2], tap] for tap in range(k))  # in the order of `_walk`
+        y = (done + bias).astype(x.dtype)
+    if companion is not None:
+        before = k - 1 - ends
+        others = jnp.pad(companion, ((0, 0), (before, before), (0, 0), (0, extra_columns), (0, 0)))
+        others = jnp.stack([others[:, k - 1 - tap : k - 1 - tap + depth] for tap in range(k)])
+        others = others.reshape(k, batch * depth, sides[1], tiles, form.results, -1).transpose(4, 0, 5, 1, 2, 3)
+        spread = form.spread(others.reshape(form.results, -1, *others.shape[3:]))
+        total = _product(spread, taken, (2, 3, 4), (1, 2, 3))
+    return y, total
 
 
 def _slabs(batch: int, height: int, tiles: int, channels: int) -> tuple[int, int]:
