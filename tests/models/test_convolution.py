@@ -22,6 +22,7 @@ CASES = {  # batch, sides, in, out, kernel, stride, padding
     'k3, no padding': (1, (7, 8, 9), 2, 3, 3, 1, 0),
     'k3, full padding': (1, (6, 4, 5), 2, 3, 3, 1, 2),
     'k3, many slabs, the last short': (2, (3, 11, 8), 2, 3, 3, 1, 1),
+    'k3, parts of two slabs': (2, (3, 18, 7), 2, 3, 3, 1, 1),
     'k4 stride 2': (2, (8, 8, 8), 3, 5, 4, 2, 1),
     'k4 stride 2, one channel, odd sides': (1, (9, 4, 7), 1, 4, 4, 2, 1),
     'k3 stride 2, odd sides': (2, (7, 9, 5), 3, 4, 3, 2, 1),

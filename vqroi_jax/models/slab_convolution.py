@@ -12,6 +12,8 @@ The batch stays an axis of every array on the way, so that a volume sharded alon
 `convolution` calls this module, and owns strides, other platforms and differentiation.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,6 +22,7 @@ from vqroi_jax.models import windows
 
 _FEW_TILES = 64  # of a slice, below which products take longer to read a kernel than to multiply with it
 _SLAB_TILES = 1024  # least number of tiles in a slab: products with fewer rows are slower
+_PARTS = 4  # of a slice, at most, each with an array of sums: what goes into part of an array, XLA computes on one core
 _SLAB_NUMBERS = 2**16  # least tiles times channels: with k3 the windows then hold 2.4 MB (4.7 in tiles of several)
 
 
@@ -140,8 +143,8 @@ def _walk(
     k, (batch, depth, _, _, channels) = form.k, x.shape
     ends, around = padding  # zeros at both ends of the depth axis, and around each slice
     features = bias.shape[0]
-    slabs, rows = _slabs(batch, sides[1], tiles, channels)
-    extra_rows = slabs * rows - sides[1]  # of zeros, to fill the last slab
+    parts, slabs, rows = _slabs(batch, sides[1], tiles, channels)
+    extra_rows = parts * slabs * rows - sides[1]  # of zeros, to fill the last slab
     extra_columns = tiles * form.results - sides[2]  # likewise the last tile
 
     def one_slice(d, carry):
@@ -151,20 +154,23 @@ def _walk(
         if companion is not None:
             others = jnp.concatenate([turned(companion, d + ends), others[:, :-features]], 1)
 
-        def one_slab(slab, carry):
+        def one_slab(slab, carry, first):
             sums, total = carry
-            taken = form.windows(_rows(plane, slab * rows, rows + k - 1))
+            taken = form.windows(_rows(plane, (first + slab) * rows, rows + k - 1))
             if weights is not None:
                 earlier = _rows(sums, slab * rows, rows)[..., :-features]
                 new = form.combine(_product(taken, weights, (4,), (1,)))
                 new += jnp.pad(earlier, ((0, 0), (0, 0), (0, 0), (features, 0)))
                 sums = lax.dynamic_update_slice_in_dim(sums, new, slab * rows, 1)
             if companion is not None:
-                spread = form.spread(lax.dynamic_slice_in_dim(others, slab * rows, rows, 3))
+                spread = form.spread(lax.dynamic_slice_in_dim(others, (first + slab) * rows, rows, 3))
                 total += _product(spread, taken, (2, 3, 4), (1, 2, 3))
             return sums, total
 
-        sums, total = lax.fori_loop(0, slabs, one_slab, (sums, total))
+        sums = list(sums)
+        for part in range(parts):
+            one_of_part = partial(one_slab, first=part * slabs)
+            sums[part], total = lax.fori_loop(0, slabs, one_of_part, (sums[part], total))
         if weights is not None:
             # Results before the first (there are some if `ends` is less than k - 1) are overwritten by it.
             y = put(y, sums, k - 1, jnp.maximum(d + ends - k + 1, 0))
@@ -174,17 +180,19 @@ def _walk(
         """A slice as [results of a tile, out, B, h, tiles]: what a product contracts has to come last."""
         plane = _slice_or_zeros(y, d)
         plane = jnp.pad(plane, ((0, 0), (0, extra_rows), (0, extra_columns), (0, 0)))
-        return plane.reshape(batch, slabs * rows, tiles, form.results, features).transpose(3, 4, 0, 1, 2)
+        return plane.reshape(batch, -1, tiles, form.results, features).transpose(3, 4, 0, 1, 2)
 
     def put(y, sums, tap, d):
-        done = sums[:, None, : sides[1], : sides[2], tap * features : (tap + 1) * features]
+        done = jnp.concatenate([part[..., tap * features : (tap + 1) * features] for part in sums], 1)
+        done = done[:, None, : sides[1], : sides[2]]
         return lax.dynamic_update_slice_in_dim(y, (done + bias).astype(y.dtype), d, 1)
 
-    y = sums = total = others = None
+    y = total = others = None
+    sums: list[jax.Array | None] = [None] * parts
     if weights is not None:
         # All of it is overwritten; zeros would be one buffer that XLA keeps and copies for every convolution.
         y = jnp.broadcast_to(x[:, :1, :1, :1, :1], (batch, *sides, features))
-        sums = jnp.zeros((batch, slabs * rows, tiles * form.results, k * features), jnp.float32)
+        sums = [jnp.zeros((batch, slabs * rows, tiles * form.results, k * features), jnp.float32)] * parts
     if companion is not None:
         # Rather than turned over, which it is once at the end: the operand that is read by columns is then the smaller.
         total = jnp.zeros((form.points, k * features, form.taps * channels), jnp.float32)
@@ -229,11 +237,13 @@ def _at_once(
     return y, total
 
 
-def _slabs(batch: int, height: int, tiles: int, channels: int) -> tuple[int, int]:
-    """Splits `height` rows, of `tiles` tiles each, into slabs; returns how many there are and the rows of each."""
+def _slabs(batch: int, height: int, tiles: int, channels: int) -> tuple[int, int, int]:
+    """Splits `height` rows, of `tiles` tiles each, into parts of slabs: their number, slabs of each, rows of each."""
     least = max(_SLAB_TILES, _SLAB_NUMBERS // channels)
     rows = -(-height // max(1, round(batch * height * tiles / least)))
-    return -(-height // rows), rows
+    slabs = -(-height // rows)
+    parts = max(number for number in range(1, _PARTS + 1) if slabs % number == 0)
+    return parts, slabs // parts, rows
 
 
 def _slice_or_zeros(x: jax.Array, d: jax.Array) -> jax.Array:
