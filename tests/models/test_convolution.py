@@ -245,6 +245,14 @@ def test_a_volume_split_along_depth_equals_a_whole_one(name):
     assert_same(results, result_and_gradients(convolve, inputs))
 
 
+def test_few_windows_share_one_product_whatever_else_is_in_the_batch(monkeypatch):
+    monkeypatch.setattr(slab_convolution, '_FEW_TILES', 64)
+    (x, kernel, bias), convolve = arguments(8, (5, 4, 4), 3, 4, 3), partial(conv3d, padding=1)
+    loops = [str(jax.make_jaxpr(convolve)(batch, kernel, bias)).count('scan[') for batch in (x[:1], x)]
+    assert loops[0] == 0 < loops[1]
+    assert_same(convolve(x[:1], kernel, bias), convolve(x, kernel, bias)[:1], tolerance=1e-6)
+
+
 @pytest.mark.parametrize('stride', [1, 2])
 def test_a_split_batch_exchanges_each_gradient_once(stride):
     """Not in every round of a loop over slices, as the partitioner would."""

@@ -37,6 +37,13 @@ def test_gradient_is_finite_where_features_vanish(weights):
     assert np.isfinite(jax.grad(lambda x: perceptual._unit(x).sum())(jnp.zeros((2, 5)))).all()
 
 
+def test_the_gradient_in_one_image_costs_nothing_for_the_other(weights):
+    """Of VGG16's 13 convolutions: forward for each image, and back for one."""
+    image = jnp.zeros((1, 16, 16, 3))
+    gradient = jax.grad(lambda x: perceptual.LPIPS().apply({'params': weights}, x, image).sum())
+    assert str(jax.make_jaxpr(gradient)(image)).count('conv_general_dilated[') == 3 * 13
+
+
 def test_loss_adds_the_slices_and_averages_the_batch(weights):
     rng = np.random.default_rng(0)
     volume, other = rng.uniform(-1, 1, (2, 2, 5, 16, 16, 1)).astype(np.float32)
