@@ -39,7 +39,7 @@ def convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: tuple[in
         [B, d, h, w, out] of the dtype of `x`.
     """
     if _is_product(kernel, padding):
-        return (_channels_times(x, kernel[0, 0, 0]) + bias).astype(x.dtype)
+        return x @ kernel[0, 0, 0] + bias
     zeros = (padding[0], padding[1], padding[1])
     depth, height, width = (side + 2 * z - kernel.shape[0] + 1 for side, z in zip(x.shape[1:4], zeros, strict=True))
     products, _ = _correlate(x, kernel.shape[0], padding, (depth, height, width), kernel=kernel, bias=bias)
@@ -66,12 +66,11 @@ def gradients(
         Both, of the shapes and dtypes of `x` and `kernel`; None for what is not wanted.
     """
     if _is_product(kernel, padding):
-        x_gradient = _channels_times(gradient, kernel[0, 0, 0].T).astype(x.dtype) if wanted[0] else None
+        x_gradient = gradient @ kernel[0, 0, 0].T if wanted[0] else None
         if not wanted[1]:
             return x_gradient, None
-        # In this order a wide `x` is read as it lies.
-        turned = jnp.einsum('...o,...i->oi', gradient.astype(jnp.float32), x.astype(jnp.float32))
-        return x_gradient, turned.T[None, None, None].astype(kernel.dtype)
+        turned = jnp.einsum('...o,...i->oi', gradient, x)  # in this order a wide `x` is read as it lies
+        return x_gradient, turned.T[None, None, None]
     k, (depth, height, width) = kernel.shape[0], x.shape[1:4]
     flipped = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
     x_gradient, flipped_gradient = _correlate(
@@ -89,12 +88,8 @@ def gradients(
 
 
 def _is_product(kernel: jax.Array, padding: tuple[int, int]) -> bool:
-    """Whether a convolution is a matrix product as it is, of each voxel's channels."""
-    return kernel.shape[0] == 1 and padding == (0, 0)
-
-
-def _channels_times(x: jax.Array, weights: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) @ weights.astype(jnp.float32)
+    """Whether a convolution is a product of each voxel's channels. Narrower dtypes would be summed in their own."""
+    return kernel.shape[0] == 1 and padding == (0, 0) and kernel.dtype == jnp.float32
 
 
 def _correlate(
