@@ -20,7 +20,7 @@ from jax import lax
 
 from vqroi_jax.models import windows
 
-_FEW_TILES = 64  # of a slice, below which products take longer to read a kernel than to multiply with it
+_FEW_TILES = 64  # of a slice of all samples, below which products take longer to read a kernel than to multiply with it
 _SLAB_TILES = 1024  # least number of tiles in a slab: products with fewer rows are slower
 _PARTS = 4  # of a slice, at most, each with an array of sums: what goes into part of an array, XLA computes on one core
 _SLAB_NUMBERS = 2**16  # least tiles times channels: with k3 the windows then hold 2.4 MB (4.7 in tiles of several)
