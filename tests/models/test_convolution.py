@@ -189,8 +189,7 @@ def test_refuses_what_does_not_fit(kernel, padding):
         conv3d(jnp.zeros((1, 5, 5, 5, 3)), jnp.zeros(kernel), padding=padding)
 
 
-@pytest.mark.usefixtures('form')
-@pytest.mark.usefixtures('way')
+@pytest.mark.usefixtures('form', 'way')
 def test_a_sharded_batch_stays_sharded():
     mesh = Mesh(np.asarray(jax.devices()), ('data',))
     rows, whole = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())
