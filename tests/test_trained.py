@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from vqroi_jax import decoding
 from vqroi_jax import tokens as tokens_module
 from vqroi_jax.decoding import UNKNOWN
 from vqroi_jax.errors import InputError
@@ -62,6 +63,16 @@ def test_a_sample_does_not_depend_on_the_number_of_devices(trained, many):
 
 def test_another_seed_draws_others(trained, many):
     assert (sampler(trained, seed=6).tokens([0], [0]) != many[1][:1]).any()
+
+
+def test_parameters_are_arranged_by_one_program_however_often_they_are_given(trained, monkeypatch):
+    traces = []
+    arrange = decoding.drawing_params
+    monkeypatch.setattr(decoding, 'drawing_params', lambda *arguments: traces.append(1) or arrange(*arguments))
+    draw = sampler(trained)
+    for _ in range(2):
+        draw.use(trained.params)
+    assert traces == [1]
 
 
 def test_volumes_are_those_of_stage_1s_decoder(trained, many):
