@@ -120,6 +120,17 @@ def test_other_platforms_get_their_own_convolutions_and_no_loop(platform):
     assert 'while' in program.trace(x, kernel).lower(lowering_platforms=('cpu',)).as_text()
 
 
+@pytest.mark.parametrize('features', [1, 2])
+def test_a_sum_over_many_voxels_keeps_its_digits(features):
+    """The gradient in a kernel of one voxel, of sums that do not cancel; one product for all loses two digits."""
+    rng = np.random.default_rng(0)
+    x, gradient = (rng.uniform(size=(1, 64, 64, 64, c)).astype(np.float32) for c in (4, features))
+    kernel, bias = jnp.ones((1, 1, 1, 4, features)), jnp.zeros(features)
+    _, pull = jax.vjp(lambda kernel: conv3d(x, kernel, bias, stride=1, padding=0), kernel)
+    exact = np.einsum('bdhwi,bdhwo->io', x, gradient, dtype=np.float64)
+    np.testing.assert_allclose(pull(gradient)[0][0, 0, 0], exact, rtol=2e-6)
+
+
 @pytest.mark.usefixtures('way')
 @pytest.mark.parametrize('case', ['k3', 'k4 stride 2', 'k1'])
 def test_bfloat16_is_summed_in_float32(case):

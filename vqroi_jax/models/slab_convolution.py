@@ -69,7 +69,8 @@ def gradients(
         x_gradient = gradient @ kernel[0, 0, 0].T if wanted[0] else None
         if not wanted[1]:
             return x_gradient, None
-        turned = jnp.einsum('...o,...i->oi', gradient, x)  # in this order a wide `x` is read as it lies
+        # Slice by slice, for one sum over all voxels would lose digits; in this order a wide `x` is read as it lies.
+        turned = jnp.einsum('bdhwo,bdhwi->bdoi', gradient, x).sum((0, 1))
         return x_gradient, turned.T[None, None, None]
     k, (depth, height, width) = kernel.shape[0], x.shape[1:4]
     flipped = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
