@@ -4,8 +4,8 @@
 
 One step of our side of `stage1_step.py` is traced by JAX's profiler. Each moment counts for what runs then, in equal
 shares where several operations run side by side; moments in which none is seen (an asynchronous product, the loops'
-own work, waiting) have a row of their own. An operation belongs to the module in whose name it was traced, forward and
-backward together. Products are those of matrices and convolutions. Prints a Markdown table.
+own work, waiting) have a row of their own. An operation belongs to the module in whose name it was traced, or the loop
+that it is in, forward and backward together. Products are those of matrices and convolutions. Prints a Markdown table.
 """
 
 import argparse
@@ -40,10 +40,22 @@ def part_of(name: str) -> str:
 
 
 def names_of_instructions(hlo: str) -> dict[str, str]:
-    """The `op_name` of each instruction of a compiled program; '' where it has none."""
-    found = re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$', hlo, re.MULTILINE)
-    names = {instruction: re.search(r'op_name="([^"]*)"', text) for instruction, text in found}
-    return {instruction: name[1] if name else '' for instruction, name in names.items()}
+    """The `op_name` of each instruction of a compiled program; where it has none, that of the loop that it is in."""
+    names, inside, loop_of, computation = {}, {}, {}, ''
+    for line in hlo.splitlines():
+        if head := re.match(r'(?:ENTRY )?%?([\w.\-]+) .*\{$', line):
+            computation = head[1]
+        if found := re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*)$', line):
+            instruction, text = found.groups()
+            name = re.search(r'op_name="([^"]*)"', text)
+            names[instruction], inside[instruction] = name[1] if name else '', computation
+            loop_of |= dict.fromkeys(re.findall(r'(?:body|calls|to_apply)=%?([\w.\-]+)', text), instruction)
+
+    def name_of(instruction: str) -> str:
+        around = loop_of.get(inside[instruction])
+        return names[instruction] or (name_of(around) if around else '')
+
+    return {instruction: name_of(instruction) for instruction in names}
 
 
 def time_by_part(trace: Path, names: dict[str, str]) -> tuple[collections.Counter, collections.Counter]:
