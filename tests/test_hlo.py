@@ -108,6 +108,16 @@ def test_a_loop_that_was_unrolled_by_two_runs_half_as_often():
     assert hlo.read_cost(text).cycles == 3 * 700
 
 
+def test_an_instruction_without_a_name_has_that_of_the_loop_that_it_is_in():
+    named = TPU.replace(
+        'condition=%condition, body=%body', 'condition=%condition, body=%body, metadata={op_name="net/loop"}'
+    )
+    names = hlo.operation_names(named)
+    assert names['bitcast.1'] == 'a) b(c'
+    assert {names[one] for one in ('while.1', 'fusion.2', 'convolution.1', 'all-reduce.1', 'lt')} == {'net/loop'}
+    assert names['copy.1'] == names['all-gather-done.1'] == ''
+
+
 def test_a_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match='entry'):
         hlo.read_cost('HloModule nothing')

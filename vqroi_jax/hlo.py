@@ -1,5 +1,7 @@
 """What a compiled program does, read from its text: products, memory traffic and collectives, loops counted in full.
 
+And in which names of the source its instructions were traced.
+
 XLA's own cost analysis counts the body of a loop once, however often it runs, and says nothing of collectives. Here the
 text of the scheduled module (`jax.stages.Compiled.as_text()`) is walked from its entry: a loop's body counts as often
 as it runs, of a fusion what enters and leaves it, and of the branches of a conditional the most expensive. It is the
@@ -96,6 +98,34 @@ def read_cost(text: str) -> Cost:
         ValueError: there is no entry computation in it, or an instruction lacks what its opcode needs.
     """
     return _Module(_computations(text)).cost(_ENTRY)
+
+
+def operation_names(text: str) -> dict[str, str]:
+    """The names in which a compiled program's instructions were traced, such as 'jit(step)/jvp(VQGAN)/encoder/conv_0'.
+
+    XLA drops some, of products that it leaves to a library above all: those have that of the loop or call they are in.
+
+    Args:
+        text: of the scheduled module, as `jax.stages.Compiled.as_text()` gives it.
+
+    Returns:
+        By instruction; '' where nothing around it has a name either.
+
+    Raises:
+        ValueError: there is no entry computation in it.
+    """
+    computations, names = _computations(text), {}
+
+    def walk(computation: str, around: str) -> None:
+        for one in computations[computation].values():
+            named = re.search(r'\bop_name="([^"]*)"', one.attributes)
+            names[one.name] = named[1] if named else around
+            for called in re.findall(r'%([\w.\-]+)', one.attributes):
+                if called in computations:
+                    walk(called, names[one.name])
+
+    walk(_ENTRY, '')
+    return names
 
 
 _ENTRY = 'ENTRY'

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from stage1_step import count_operations, make_step, product_rate, settings
 
-from vqroi_jax import large_pages
+from vqroi_jax import hlo, large_pages
 
 PARTS = {  # by what the name of an operation contains, the first that does
     'optimiser': r'\boptimizer/',
@@ -37,25 +37,6 @@ CONTAINERS = re.compile(r'(while|call|conditional)\b')  # instructions that run 
 def part_of(name: str) -> str:
     """The part of the step that an operation of this name belongs to."""
     return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), OTHER)
-
-
-def names_of_instructions(hlo: str) -> dict[str, str]:
-    """The `op_name` of each instruction of a compiled program; where it has none, that of the loop that it is in."""
-    names, inside, loop_of, computation = {}, {}, {}, ''
-    for line in hlo.splitlines():
-        if head := re.match(r'(?:ENTRY )?%?([\w.\-]+) .*\{$', line):
-            computation = head[1]
-        if found := re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*)$', line):
-            instruction, text = found.groups()
-            name = re.search(r'op_name="([^"]*)"', text)
-            names[instruction], inside[instruction] = name[1] if name else '', computation
-            loop_of |= dict.fromkeys(re.findall(r'(?:body|calls|to_apply)=%?([\w.\-]+)', text), instruction)
-
-    def name_of(instruction: str) -> str:
-        around = loop_of.get(inside[instruction])
-        return names[instruction] or (name_of(around) if around else '')
-
-    return {instruction: name_of(instruction) for instruction in names}
 
 
 def time_by_part(trace: Path, names: dict[str, str]) -> tuple[collections.Counter, collections.Counter]:
@@ -101,7 +82,7 @@ def main(arguments: list[str]) -> None:
         with jax.profiler.trace(folder, profiler_options=detailed):
             state, metrics = compiled(state, batch, weights)
             jax.block_until_ready(metrics)
-        times, products = time_by_part(Path(folder), names_of_instructions(compiled.as_text()))
+        times, products = time_by_part(Path(folder), hlo.operation_names(compiled.as_text()))
     tera = collections.Counter()
     for name, number in count_operations(jax.make_jaxpr(plain_step)(state, batch).jaxpr).items():
         tera[part_of(name)] += number / 1e12
