@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqroi_jax import torch_files
+from vqroi_jax.models.pooling import max_pool
 
 SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'  # of the file that FID is computed with
 SIDE = 299  # pixels that images are brought to
@@ -64,9 +65,9 @@ class Convolution(nn.Module):
         return nn.relu(nn.BatchNorm(use_running_average=True, epsilon=1e-3, name='bn')(conv(x)))
 
 
-_shrink = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
+_shrink = functools.partial(max_pool, window=3, stride=2)
 _means = functools.partial(nn.avg_pool, window_shape=(3, 3), strides=(1, 1), padding='SAME', count_include_pad=False)
-_maxima = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(1, 1), padding='SAME')
+_maxima = functools.partial(max_pool, window=3, stride=1, padding=1)
 
 _POINT, _SQUARE, _ROW, _COLUMN = (1, 1), (3, 3), (1, 7), (7, 1)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from vqroi_jax.errors import InputError
 from vqroi_jax.models import axes
+from vqroi_jax.models.pooling import max_pool
 
 SHA256 = '2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d'
 SMALLEST = 16  # pixels of an image's sides
@@ -78,7 +79,7 @@ class _VGG16(nn.Module):
         maps, layers = [], iter(self.conv)
         for stage, widths in enumerate(_STAGES):
             if stage > 0:
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                x = max_pool(x, window=2, stride=2)
             for layer in itertools.islice(layers, len(widths)):
                 x = nn.relu(layer(x))
             maps.append(x)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vqroi_jax.models.layers import uniform_fan_in
+from vqroi_jax.models.pooling import max_pool
 
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}  # of each stage, by depth
 SHORTCUTS = ('A', 'B')
@@ -79,7 +80,7 @@ class ResNet3D(nn.Module):
         x = standardised(volume) if self.standardise else volume
         x = conv(self.width, (7, 7, 7), layout.stem, padding=3, name='conv')(x)
         x = nn.relu(norm(name='norm')(x))
-        x = nn.max_pool(x, (3, 3, 3), (2, 2, 2), padding=[(1, 1)] * 3)
+        x = max_pool(x, window=3, stride=2, padding=1)
         kernels, expansion = ((3, 3), 1) if self.depth < 50 else ((1, 3, 1), 4)
         for stage, number in enumerate(BLOCKS[self.depth]):
             inner = self.width * 2**stage
