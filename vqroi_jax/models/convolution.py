@@ -184,6 +184,7 @@ def _gradients(x, kernel, gradient, stride, padding, wanted):
         )
 
     def own_rows(x, kernel, gradient):
+        kernel = slab_convolution.not_before(gradient, kernel)
         folds = (
             (partial(_fold_volume, k=kernel.shape[0], stride=stride, padding=padding), x),
             (partial(_fold_kernel, stride=stride), kernel),

@@ -88,6 +88,17 @@ def gradients(
     return x_gradient, jnp.flip(flipped_gradient, (0, 1, 2)).swapaxes(3, 4).astype(kernel.dtype)
 
 
+def not_before(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`other`, with which XLA then computes nothing before it has `x`.
+
+    It would otherwise do what needs only parameters or constants at the start of a program, for all layers, and keep
+    the results until they are needed. (It drops optimisation barriers before it orders a program for a CPU.)
+    """
+    first = x[(0,) * x.ndim]
+    never = (first != first) & jnp.isfinite(first)  # no number, yet finite, which XLA does not see through
+    return jnp.where(never, 0, other)
+
+
 def _is_product(kernel: jax.Array, padding: tuple[int, int]) -> bool:
     """Whether a convolution is a product of each voxel's channels. Narrower dtypes would be summed in their own."""
     return kernel.shape[0] == 1 and padding == (0, 0) and kernel.dtype == jnp.float32
@@ -191,7 +202,8 @@ def _walk(
         sums = [jnp.zeros((batch, slabs * rows, tiles * form.results, k * features), jnp.float32)] * parts
     if companion is not None:
         # Rather than turned over, which it is once at the end: the operand that is read by columns is then the smaller.
-        total = jnp.zeros((form.points, k * features, form.taps * channels), jnp.float32)
+        zero = not_before(x, jnp.zeros((), jnp.float32))
+        total = jnp.broadcast_to(zero, (form.points, k * features, form.taps * channels))
         others = jnp.concatenate([turned(companion, ends - 1 - tap) for tap in range(k)], 1)
     y, sums, total, others = lax.fori_loop(0, depth, one_slice, (y, sums, total, others))
     if weights is not None:
