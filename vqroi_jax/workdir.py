@@ -20,6 +20,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
+from vqroi_jax.compiler_memory import given_back
 from vqroi_jax.errors import InputError
 
 CONFIG_FILE = 'config.json'
@@ -61,7 +62,7 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not is_primary():
-            with _compiled_in(folder):
+            with _compiled_in(folder), given_back():
                 yield folder
             return
         lock = open(folder / LOCK_FILE, 'a+', encoding='utf-8')  # noqa: SIM115 (closed below)
@@ -71,7 +72,7 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
         _lock(lock, folder)
         _record_config(folder, config)
         try:
-            with _compiled_in(folder):
+            with _compiled_in(folder), given_back():
                 yield folder
             if any(config[name] for name in UNASKED if name in config):
                 _forget_config_of_nothing(folder)

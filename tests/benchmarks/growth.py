@@ -24,7 +24,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from vqroi_jax import hlo, large_pages
+from vqroi_jax import compiler_memory, hlo, large_pages
 from vqroi_jax.data.pipeline import Batches, RoiSource
 from vqroi_jax.training import partitioning, transformer, vqgan
 from vqroi_jax.viz import save_figure
@@ -180,4 +180,5 @@ def main(arguments: Iterable[str]) -> None:
 
 if __name__ == '__main__':
     large_pages.ask()
-    main(sys.argv[1:])
+    with compiler_memory.given_back():  # as a run does
+        main(sys.argv[1:])

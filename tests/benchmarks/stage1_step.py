@@ -29,7 +29,7 @@ import ml_collections
 import numpy as np
 from jax.extend.core import Jaxpr
 
-from vqroi_jax import large_pages
+from vqroi_jax import compiler_memory, large_pages
 from vqroi_jax.main import override
 from vqroi_jax.training import partitioning, vqgan
 
@@ -232,4 +232,5 @@ def compare_steps(sides: Mapping[str, Side], memory: Mapping[str, float], repeat
 
 if __name__ == '__main__':
     large_pages.ask()
-    main(sys.argv[1:])
+    with compiler_memory.given_back():  # as a run does
+        main(sys.argv[1:])

@@ -39,7 +39,7 @@ import ml_collections
 import numpy as np
 from stage1_step import MEMORY_STEPS, Side, compare_steps, count_operations, peak_memory, product_rate, seconds
 
-from vqroi_jax import decoding, large_pages
+from vqroi_jax import compiler_memory, decoding, large_pages
 from vqroi_jax.training import partitioning, transformer
 
 ROOT = Path(__file__).parents[2]
@@ -378,4 +378,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == '__main__':
     large_pages.ask()
-    main(sys.argv[1:])
+    with compiler_memory.given_back():  # as a run does
+        main(sys.argv[1:])
