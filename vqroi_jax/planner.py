@@ -31,7 +31,7 @@ from vqroi_jax.training import partitioning, transformer, vqgan
 from vqroi_jax.workdir import write_atomically
 
 COMPILED_FOLDER = 'compiled'
-FORMAT = 1  # of what is kept there; another one once `hlo` counts otherwise
+FORMAT = 2  # of what is kept there; another one once `hlo` counts otherwise, or compiler options change
 TRIES = 4  # batches that a search compiles after the first two
 REMATS = {'vqgan': layers.REMATS, 'transformer': layers.REMATS, 'generate': ('',)}  # settings of `model.remat`
 

@@ -254,6 +254,9 @@ def test_several_devices_equal_one(mesh_settings, changes, monkeypatch):
     tolerance = 5e-4 if config.perceptual == 'vgg16' else 1e-4
     _, (wide_step, wide_state), state = same_steps(config, mesh_settings, 3, tolerance)
 
+    kept_apart = 'opt-barrier' in wide_step.as_text()  # what is computed again, from what was there
+    assert kept_apart == (config.model.remat != 'none')
+
     # Along fsdp, parameters alone are put together; along depth, only what is smaller than a volume of one channel, and
     # the discriminator's maps that are too thin to be halved in parts.
     spatial = mesh_settings.get('spatial', 1)

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -21,10 +22,48 @@ from vqroi_jax.models.convolution import conv3d, upsample_conv3d
 # What a network's backward pass computes again, to save memory: nothing, norms and activations, or all within a block.
 REMATS = ('none', 'activations', 'blocks')
 
-# Policy for `nn.remat`: the backward pass finds the results of convolutions, linear layers and attention, and a layer
-# norm's two numbers a row; it computes norms and activations again, which costs little time and saves half of the
+# Policy for `nn.remat`: the backward pass finds the results of linear layers and attention, and a norm's two numbers a
+# row (or a sample and group); it computes norms and activations again, which costs little time and saves half of the
 # memory or more.
-save_products = jax.checkpoint_policies.save_only_these_names('convolution', 'linear', 'attention', 'statistics')
+save_products = jax.checkpoint_policies.save_only_these_names('linear', 'attention', 'statistics')
+
+
+@struct.dataclass
+class Deferred:
+    """An activated group norm that whoever needs it computes, and the backward pass again when it gets there.
+
+    What is normalised is all that is kept of it, which a convolution's result has to be for the norm's sake anyway.
+
+    Attributes:
+        x: what is normalised, [B, ..., channels].
+        scale: float32 [channels].
+        bias: float32 [channels].
+        function: of the three to the activated norm, of the shape of `x`.
+    """
+
+    x: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+    function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is computed."""
+        return self.x.shape
+
+
+def computed(x: jax.Array | Deferred) -> jax.Array:
+    """What may be deferred, as an array."""
+    return _again(_value)(x) if isinstance(x, Deferred) else x
+
+
+def _value(x: jax.Array | Deferred) -> jax.Array:
+    return x.function(x.x, x.scale, x.bias) if isinstance(x, Deferred) else x
+
+
+def _again(function: Callable) -> Callable:
+    """A function whose backward pass keeps its arguments and the norms' statistics, and computes the rest again."""
+    return jax.checkpoint(function, policy=save_products)
 
 
 def uniform_within(fan_in: int) -> Initializer:
@@ -61,12 +100,14 @@ class Conv3D(nn.Module):
     dtype: Dtype = jnp.float32
     kernel_init: Initializer = nn.initializers.normal(0.02)
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | Deferred) -> jax.Array:
         """Maps [B, D, H, W, in] to [B, d, h, w, features]."""
-        kernel, bias = _kernel_and_bias(self, (self.kernel_size,) * 3 + (x.shape[-1], self.features))
-        y = conv3d(x.astype(self.dtype), kernel, bias, stride=self.stride, padding=self.padding)
-        return checkpoint_name(y, 'convolution')
+        return self.with_input(x)[0]
+
+    @nn.compact
+    def with_input(self, x: jax.Array | Deferred) -> tuple[jax.Array, jax.Array]:
+        """The same, and `x` itself as it was computed."""
+        return _convolve(self, partial(conv3d, stride=self.stride, padding=self.padding), self.kernel_size, x)
 
 
 class UpsampleConv3D(nn.Module):
@@ -83,10 +124,9 @@ class UpsampleConv3D(nn.Module):
     kernel_init: Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | Deferred) -> jax.Array:
         """Maps [B, D, H, W, in] to [B, 2 D, 2 H, 2 W, features]."""
-        kernel, bias = _kernel_and_bias(self, (3, 3, 3, x.shape[-1], self.features))
-        return checkpoint_name(upsample_conv3d(x.astype(self.dtype), kernel, bias), 'convolution')
+        return _convolve(self, upsample_conv3d, 3, x)[0]
 
 
 class Dense(nn.Module):
@@ -171,12 +211,28 @@ def _turn_and_write(x: jax.Array) -> jax.Array:
 _linear.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _linear_backward)
 
 
-def _kernel_and_bias(layer: nn.Module, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Makes a convolution's float32 parameters, the kernel of this shape, and returns them in the layer's dtype."""
+def _convolve(layer: nn.Module, function: Callable, k: int, x: jax.Array | Deferred) -> tuple[jax.Array, jax.Array]:
+    """Makes a convolution's float32 parameters and applies them to `x`, in the layer's dtype.
+
+    Args:
+        layer: whose parameters they are.
+        function: of volume, kernel and bias.
+        k: side of the kernel.
+        x: volume [B, D, H, W, in]; what is deferred is computed here, and in the backward pass here again.
+
+    Returns:
+        The result, and `x` as it was computed.
+    """
+    shape = (k, k, k, x.shape[-1], layer.features)
     kernel = layer.param('kernel', layer.kernel_init, shape, jnp.float32)
     bias = layer.param('bias', uniform_within(math.prod(shape[:-1])), shape[-1:], jnp.float32)
-    kernel = axes.put_together(kernel.astype(layer.dtype), (*layer.path, 'kernel'))
-    return kernel, bias.astype(layer.dtype)
+
+    def convolve(x, kernel, bias):
+        kernel = axes.put_together(kernel.astype(layer.dtype), (*layer.path, 'kernel'))
+        x = _value(x)
+        return function(x.astype(layer.dtype), kernel, bias.astype(layer.dtype)), x
+
+    return (_again(convolve) if isinstance(x, Deferred) else convolve)(x, kernel, bias)
 
 
 def _scale_and_bias(layer: nn.Module, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -246,6 +302,10 @@ def _layer_norm_backward(epsilon, kept, gradient):
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
+def _itself(x: jax.Array) -> jax.Array:
+    return x
+
+
 class GroupNorm(nn.Module):
     """Normalises each sample over space and each group of channels; statistics in float32.
 
@@ -253,16 +313,25 @@ class GroupNorm(nn.Module):
         num_groups: groups, which divide the channels.
         epsilon: added to the variance.
         dtype: of the output.
+        activation: elementwise function of the output.
+        deferred: computes nothing yet, but returns a `Deferred`.
     """
 
     num_groups: int = 8
     epsilon: float = 1e-6
     dtype: Dtype = jnp.float32
+    activation: Callable[[jax.Array], jax.Array] = _itself
+    deferred: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array | Deferred:
         """Maps [B, ..., channels] to the same shape."""
-        return group_norm(x, *_scale_and_bias(self, x), self.num_groups, self.epsilon).astype(self.dtype)
+
+        def function(x, scale, bias):
+            return self.activation(group_norm(x, scale, bias, self.num_groups, self.epsilon).astype(self.dtype))
+
+        result = Deferred(x, *_scale_and_bias(self, x), function)
+        return result if self.deferred else _value(result)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -290,9 +359,9 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int,
 def _group_norm_forward(x, scale, bias, num_groups, epsilon):
     if x.shape[-1] % num_groups:
         raise ValueError(f'{num_groups} groups do not divide {x.shape[-1]} channels')
-    mean = _group_mean(_space_mean(x.astype(jnp.float32)), num_groups)
+    mean = checkpoint_name(_group_mean(_space_mean(x.astype(jnp.float32)), num_groups), 'statistics')
     variance = _group_mean(_space_mean(jnp.square(x.astype(jnp.float32) - mean)), num_groups)
-    inverse = jax.lax.rsqrt(variance + epsilon)
+    inverse = checkpoint_name(jax.lax.rsqrt(variance + epsilon), 'statistics')
     return (x.astype(jnp.float32) - mean) * (inverse * scale) + bias, (x, scale, mean, inverse)
 
 
@@ -335,18 +404,22 @@ class ResBlock(nn.Module):
         activation: elementwise function.
         num_groups: groups of the norms.
         dtype: of the products and of the output.
+        deferred: the backward pass computes norms and activations again.
     """
 
     activation: Callable[[jax.Array], jax.Array]
     num_groups: int = 8
     dtype: Dtype = jnp.float32
+    deferred: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | Deferred) -> jax.Array:
         """Maps [B, D, H, W, channels] to the same shape."""
-        norm = GroupNorm(self.num_groups, dtype=self.dtype, name='norm')
-        hidden = x
-        for index in range(2):
-            conv = Conv3D(x.shape[-1], kernel_size=3, padding=1, dtype=self.dtype, name=f'conv_{index}')
-            hidden = self.activation(norm(conv(hidden)))
-        return x + hidden
+        norm = GroupNorm(
+            self.num_groups, dtype=self.dtype, activation=self.activation, deferred=self.deferred, name='norm'
+        )
+        conv_0, conv_1 = (
+            Conv3D(x.shape[-1], kernel_size=3, padding=1, dtype=self.dtype, name=f'conv_{index}') for index in range(2)
+        )
+        hidden, shortcut = conv_0.with_input(x)
+        return shortcut + computed(norm(conv_1(norm(hidden))))

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqroi_jax.models.layers import Conv3D, GroupNorm, ResBlock, UpsampleConv3D, save_products, uniform_fan_in
+from vqroi_jax.models.layers import Conv3D, GroupNorm, ResBlock, UpsampleConv3D, computed, uniform_fan_in
 from vqroi_jax.models.quantizer import Codebook, l2_normalise
 from vqroi_jax.models.scorer import AuxiliaryClassifier, Scorer
 
@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         hidden: channels of the last convolution.
         num_groups: of the group normalisations.
         res_blocks: ResBlocks after each halving.
-        remat: 'blocks': the backward pass computes each ResBlock's inside again.
+        remat: what the backward pass computes again, as of `VQGAN`.
         dtype: of the convolutions and what lies between them.
     """
 
@@ -49,16 +49,21 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Volume `[B, D, H, W, 1]` to `[B, d, h, w, hidden]`, sides divided by `2**len(channels)`."""
-        norm = {'num_groups': self.num_groups, 'dtype': self.dtype}
+        common = {
+            'num_groups': self.num_groups,
+            'dtype': self.dtype,
+            'activation': _leaky_relu,
+            'deferred': self.remat != 'none',
+        }
         block_type = _res_block(self.remat)
         for level, features in enumerate(self.channels):
             x = Conv3D(features, kernel_size=4, stride=2, padding=1, dtype=self.dtype, name=f'conv_{level}')(x)
-            x = _leaky_relu(GroupNorm(**norm, name=f'norm_{level}')(x))
+            x = GroupNorm(**common, name=f'norm_{level}')(x)
             for block in range(self.res_blocks[level]):
-                x = block_type(activation=_leaky_relu, **norm, name=f'block_{level}_{block}')(x)
+                x = block_type(**common, name=f'block_{level}_{block}')(x)
         x = Conv3D(self.hidden, kernel_size=3, padding=1, dtype=self.dtype, name='conv_hidden')(x)
-        x = _leaky_relu(GroupNorm(**norm, name='norm_hidden')(x))
-        return block_type(activation=_leaky_relu, **norm, name='block_hidden')(x)
+        x = GroupNorm(**common, name='norm_hidden')(x)
+        return block_type(**common, name='block_hidden')(x)
 
 
 class Decoder(nn.Module):
@@ -80,23 +85,26 @@ class Decoder(nn.Module):
 
     def setup(self):
         """Builds the levels by name, so that parameters keep their names whatever `res_blocks` says."""
-        norm = {'num_groups': self.num_groups, 'dtype': self.dtype}
+        common = {
+            'num_groups': self.num_groups,
+            'dtype': self.dtype,
+            'activation': nn.relu,
+            'deferred': self.remat != 'none',
+        }
         levels = range(len(self.channels))
         block_type = _res_block(self.remat)
         self.conv = [UpsampleConv3D(self.channels[level], dtype=self.dtype) for level in levels]
-        self.norm = [GroupNorm(**norm) for _ in levels]
-        self.block = [
-            [block_type(activation=nn.relu, **norm) for _ in range(self.res_blocks[level])] for level in levels
-        ]
+        self.norm = [GroupNorm(**common) for _ in levels]
+        self.block = [[block_type(**common) for _ in range(self.res_blocks[level])] for level in levels]
         self.last = Conv3D(1, kernel_size=1, padding=0, dtype=self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Latent `[B, d, h, w, hidden]` to feature maps `[B, D, H, W, channels[-1]]`."""
         for conv, norm, blocks in zip(self.conv, self.norm, self.block, strict=True):
-            x = nn.relu(norm(conv(x)))
+            x = norm(conv(x))
             for block in blocks:
                 x = block(x)
-        return x
+        return computed(x)
 
     def head(self, features: jax.Array) -> jax.Array:
         """Feature maps to the volume, float32 `[B, D, H, W, 1]` in (-1, 1)."""
@@ -150,15 +158,11 @@ class VQGAN(nn.Module):
         """Builds the parts."""
         shared = {'num_groups': self.num_groups, 'remat': self.remat, 'dtype': self.dtype}
         dense = {'kernel_size': 1, 'padding': 0, 'kernel_init': uniform_fan_in, 'dtype': self.dtype}
-        encoder, decoder = Encoder, Decoder
-        if self.remat == 'activations':
-            encoder = nn.remat(Encoder, policy=save_products)
-            decoder = nn.remat(Decoder, methods=('__call__',), policy=save_products)
-        self.encoder = encoder(self.channels, self.hidden, res_blocks=self.encoder_res_blocks, **shared)
+        self.encoder = Encoder(self.channels, self.hidden, res_blocks=self.encoder_res_blocks, **shared)
         self.pre_quantisation = Conv3D(self.code_features, **dense)
         self.codebook = Codebook(self.codes, self.code_features)
         self.post_quantisation = Conv3D(self.hidden, **dense)
-        self.decoder = decoder(self.channels[::-1], res_blocks=self.decoder_res_blocks, **shared)
+        self.decoder = Decoder(self.channels[::-1], res_blocks=self.decoder_res_blocks, **shared)
         self.scorer = Scorer(dtype=self.dtype)
         self.classifier = AuxiliaryClassifier(
             self.classes, self.classifier_hidden, self.classifier_dropout, dtype=self.dtype

@@ -204,6 +204,15 @@ def one_run_options(platform: str) -> dict[str, int] | None:
     return {'xla_backend_optimization_level': 0} if platform == 'cpu' else None
 
 
+def remat_options(platform: str) -> dict[str, str] | None:
+    """Compiler options of a program whose backward pass computes again what the forward pass had (`model.remat`).
+
+    On a CPU, XLA takes out the barriers between the two before it merges equal computations; what is computed again
+    would then be merged with what was there, and kept. This leaves the barriers in.
+    """
+    return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if platform == 'cpu' else None
+
+
 def create(initial: Callable[[], Any], mesh: Mesh) -> Any:
     """A state that is created in parts, each where it will live; nothing is whole anywhere that need not be.
 

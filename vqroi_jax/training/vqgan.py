@@ -491,8 +491,13 @@ def jit_step(recipe: Recipe, state: VQGANState, mesh: Mesh) -> Callable[..., tup
         return update(recipe, state, batch, noise, weights)
 
     batch = {'volume': partitioning.volume_sharding(mesh), 'label': partitioning.batch_sharding(mesh)}
-    step = partitioning.traced_on(mesh, step)
-    return jax.jit(step, in_shardings=(places, batch, whole), out_shardings=(places, whole), donate_argnums=0)
+    return jax.jit(
+        partitioning.traced_on(mesh, step),
+        in_shardings=(places, batch, whole),
+        out_shardings=(places, whole),
+        donate_argnums=0,
+        compiler_options=partitioning.remat_options(mesh.devices.flat[0].platform),
+    )
 
 
 def make_train_step(
