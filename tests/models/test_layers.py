@@ -201,13 +201,13 @@ def test_deferring_keeps_convolutions_alone_and_changes_no_gradient():
     variables = plain.init(KEY, VOLUME)
 
     def loss(module):
-        return lambda variables, x: jnp.sum(module.apply(variables, x) ** 2)
+        return lambda variables, x: jnp.sum(module.apply(variables, x))
 
     def kept(module):
         return sum(x.shape == VOLUME.shape for x in jax.tree.leaves(jax.vjp(loss(module), variables, VOLUME)[1]))
 
-    assert kept(deferred) == 5 < kept(plain)  # input and result, and what the three convolutions gave
+    assert kept(deferred) == 4 < kept(plain)  # the input and what the three convolutions gave
     np.testing.assert_array_equal(deferred.apply(variables, VOLUME), plain.apply(variables, VOLUME))
     gradients = (jax.jit(jax.grad(loss(module), argnums=(0, 1)))(variables, VOLUME) for module in (plain, deferred))
     for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

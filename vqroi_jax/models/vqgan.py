@@ -7,8 +7,8 @@ everybody else uses `encode`, `tokens_and_scores` (or `index_quantize` and `impo
 Source: section 2.1 of the design.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,16 @@ from vqroi_jax.models.scorer import AuxiliaryClassifier, Scorer
 
 def _leaky_relu(x: jax.Array) -> jax.Array:
     return nn.leaky_relu(x, 0.2)
+
+
+def _common(network: 'Encoder | Decoder', activation: Callable[[jax.Array], jax.Array]) -> dict[str, Any]:
+    """What all norms and ResBlocks of a network have in common."""
+    return {
+        'num_groups': network.num_groups,
+        'dtype': network.dtype,
+        'activation': activation,
+        'deferred': network.remat != 'none',
+    }
 
 
 def _res_block(remat: str) -> type[ResBlock]:
@@ -49,13 +59,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Volume `[B, D, H, W, 1]` to `[B, d, h, w, hidden]`, sides divided by `2**len(channels)`."""
-        common = {
-            'num_groups': self.num_groups,
-            'dtype': self.dtype,
-            'activation': _leaky_relu,
-            'deferred': self.remat != 'none',
-        }
-        block_type = _res_block(self.remat)
+        common, block_type = _common(self, _leaky_relu), _res_block(self.remat)
         for level, features in enumerate(self.channels):
             x = Conv3D(features, kernel_size=4, stride=2, padding=1, dtype=self.dtype, name=f'conv_{level}')(x)
             x = GroupNorm(**common, name=f'norm_{level}')(x)
@@ -85,14 +89,8 @@ class Decoder(nn.Module):
 
     def setup(self):
         """Builds the levels by name, so that parameters keep their names whatever `res_blocks` says."""
-        common = {
-            'num_groups': self.num_groups,
-            'dtype': self.dtype,
-            'activation': nn.relu,
-            'deferred': self.remat != 'none',
-        }
+        common, block_type = _common(self, nn.relu), _res_block(self.remat)
         levels = range(len(self.channels))
-        block_type = _res_block(self.remat)
         self.conv = [UpsampleConv3D(self.channels[level], dtype=self.dtype) for level in levels]
         self.norm = [GroupNorm(**common) for _ in levels]
         self.block = [[block_type(**common) for _ in range(self.res_blocks[level])] for level in levels]
