@@ -56,7 +56,7 @@ def test_adversarial_and_hinge():
     real, fake = (2 * x for x in volumes((3, 4)))
     np.testing.assert_allclose(losses.adversarial(fake), -fake.mean(), rtol=1e-5)
     expected = 0.5 * (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean())
-    np.testing.assert_allclose(losses.hinge(real, fake), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses.hinge(real, real=True) + losses.hinge(fake, real=False), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize('size', [1e-6, 0.3, 100.0])

@@ -81,11 +81,10 @@ def adversarial(fake_logits: jax.Array) -> jax.Array:
     return -jnp.mean(fake_logits.astype(jnp.float32))
 
 
-def hinge(real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
-    """What the discriminator wants: `0.5 * (mean(relu(1 - D(real))) + mean(relu(1 + D(fake))))`."""
-    real = jnp.mean(jax.nn.relu(1 - real_logits.astype(jnp.float32)))
-    fake = jnp.mean(jax.nn.relu(1 + fake_logits.astype(jnp.float32)))
-    return 0.5 * (real + fake)
+def hinge(logits: jax.Array, real: bool) -> jax.Array:
+    """What the discriminator wants, of real volumes or of fake ones: `0.5 * mean(relu(1 ∓ D(volume)))`."""
+    margin = 1 - logits.astype(jnp.float32) if real else 1 + logits.astype(jnp.float32)
+    return 0.5 * jnp.mean(jax.nn.relu(margin))
 
 
 def adaptive_weight(l1_gradient: jax.Array, adversarial_gradient: jax.Array) -> jax.Array:

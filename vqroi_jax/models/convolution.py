@@ -98,7 +98,9 @@ def _upsample(x: jax.Array, kernel: jax.Array, bias: jax.Array, depth_padding: i
     y = _conv(x, phases, jnp.tile(bias, 8), 1, (depth_padding, 1))
     batch, d, h, w, _ = y.shape
     y = y.reshape(batch, d, h, w, 2, 2, 2, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return y.reshape(batch, 2 * d, 2 * h, 2 * w, -1)[:, 1:-1, 1:-1, 1:-1]
+    y = y.reshape(batch, 2 * d, 2 * h, 2 * w, -1)[:, 1:-1, 1:-1, 1:-1]
+    # Whoever needs the result then reads this, not the groups of channels, which would be kept beside it.
+    return lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y)
 
 
 def _can_split(x: jax.Array, before: int, after: int) -> bool:
@@ -147,7 +149,9 @@ def _conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int, padding
         return _native_conv(x, kernel, stride, padding) + bias
 
     def slabs(x, kernel, bias):
-        folded, folded_kernel = _fold_volume(x, kernel.shape[0], stride, padding), _fold_kernel(kernel, stride)
+        # The volume is then written once, however many read it, and nothing is computed of the kernel before.
+        folded, kernel = lax.optimization_barrier((_fold_volume(x, kernel.shape[0], stride, padding), kernel))
+        folded_kernel = _fold_kernel(kernel, stride)
         return slab_convolution.convolve(folded, folded_kernel, bias, _folded_padding(stride, padding))
 
     return lax.platform_dependent(x, kernel, bias, cpu=slabs, default=native)

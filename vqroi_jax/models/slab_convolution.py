@@ -92,7 +92,8 @@ def not_before(x: jax.Array, other: jax.Array) -> jax.Array:
     """`other`, with which XLA then computes nothing before it has `x`.
 
     It would otherwise do what needs only parameters or constants at the start of a program, for all layers, and keep
-    the results until they are needed. (It drops optimisation barriers before it orders a program for a CPU.)
+    the results until they are needed. (Unless told not to, it drops optimisation barriers before it orders a program
+    for a CPU.)
     """
     first = x[(0,) * x.ndim]
     never = (first != first) & jnp.isfinite(first)  # no number, yet finite, which XLA does not see through

@@ -204,11 +204,12 @@ def one_run_options(platform: str) -> dict[str, int] | None:
     return {'xla_backend_optimization_level': 0} if platform == 'cpu' else None
 
 
-def remat_options(platform: str) -> dict[str, str] | None:
-    """Compiler options of a program whose backward pass computes again what the forward pass had (`model.remat`).
+def keep_barriers(platform: str) -> dict[str, str] | None:
+    """Compiler options with which optimisation barriers hold on every platform.
 
-    On a CPU, XLA takes out the barriers between the two before it merges equal computations; what is computed again
-    would then be merged with what was there, and kept. This leaves the barriers in.
+    On a CPU, XLA takes them out before it merges equal computations and orders what is left. What a backward pass
+    computes again (`model.remat`) would be merged with what the forward pass had, and kept, and what is to come in turn
+    would come at any time. This leaves the barriers in.
     """
     return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if platform == 'cpu' else None
 

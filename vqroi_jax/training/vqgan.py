@@ -264,8 +264,18 @@ def _volume_terms(
     """All terms of the reconstruction, and their gradients as far down as the decoder's last kernel."""
     volume, scale = batch['volume'], recipe.settings.losses
     last = state.params['decoder']['last']
-    fake, pull_head = jax.vjp(lambda p: _head(recipe)(p, features), last)
+    # What follows from its results waits for all that it is given: each network's maps then go before the next come.
+    in_turn = jax.lax.optimization_barrier
 
+    def judge(params, x):
+        return recipe.discriminator.apply({'params': params}, x)
+
+    (real_logits, real_hidden), pull_real = jax.vjp(lambda p: judge(p, volume), state.discriminator)
+    silent = jax.tree.map(jnp.zeros_like, real_hidden)
+    real_hinge, at_real_logits = jax.value_and_grad(losses.hinge)(real_logits, real=True)
+    (discriminator_real,) = pull_real((at_real_logits, silent))
+
+    fake, pull_head = jax.vjp(lambda p: _head(recipe)(p, features), last)
     l1, l1_gradient = jax.value_and_grad(losses.l1)(fake, volume)
     image_gradient, image_gradient_gradient = jax.value_and_grad(losses.image_gradient)(fake, volume)
     lpips, lpips_gradient = jnp.zeros(()), jnp.zeros_like(fake)
@@ -274,21 +284,18 @@ def _volume_terms(
             lambda x: perceptual.perceptual_loss(network, weights, x, volume, noise.slices)
         )(fake)
 
-    def judge(params, x):
-        return recipe.discriminator.apply({'params': params}, x)
-
-    (fake_logits, fake_hidden), pull_fake = jax.vjp(judge, state.discriminator, fake)
-    (real_logits, real_hidden), pull_real = jax.vjp(lambda p: judge(p, volume), state.discriminator)
-    silent = jax.tree.map(jnp.zeros_like, fake_hidden)
-
-    adversarial, at_fake_logits = jax.value_and_grad(losses.adversarial)(fake_logits)
-    adversarial_gradient = pull_fake((at_fake_logits, silent))[1]
-    matching, at_hidden = jax.value_and_grad(losses.feature_matching)(fake_hidden, real_hidden)
-    matching_gradient = pull_fake((jnp.zeros_like(fake_logits), at_hidden))[1]
-    hinge, (hinge_real, hinge_fake) = jax.value_and_grad(losses.hinge, argnums=(0, 1))(real_logits, fake_logits)
-    discriminator_gradient = jax.tree.map(
-        jnp.add, pull_real((hinge_real, silent))[0], pull_fake((hinge_fake, silent))[0]
+    fake, discriminator_real, l1_gradient, image_gradient_gradient, lpips_gradient = in_turn(
+        (fake, discriminator_real, l1_gradient, image_gradient_gradient, lpips_gradient)
     )
+    (fake_logits, fake_hidden), pull_fake = jax.vjp(judge, state.discriminator, fake)
+    fake_hinge, at_fake_logits = jax.value_and_grad(losses.hinge)(fake_logits, real=False)
+    discriminator_fake = pull_fake((at_fake_logits, silent))[0]
+    matching, at_hidden = jax.value_and_grad(losses.feature_matching)(fake_hidden, real_hidden)
+    at_hidden, discriminator_fake = in_turn((at_hidden, discriminator_fake))
+    matching_gradient = pull_fake((jnp.zeros_like(fake_logits), at_hidden))[1]
+    adversarial, at_fake_logits = jax.value_and_grad(losses.adversarial)(fake_logits)
+    at_fake_logits, matching_gradient = in_turn((at_fake_logits, matching_gradient))
+    adversarial_gradient = pull_fake((at_fake_logits, silent))[1]
 
     rest = scale.generator * (
         scale.l1 * l1_gradient
@@ -302,14 +309,14 @@ def _volume_terms(
         adversarial=adversarial_gradient,
         l1_kernel=pull_head(l1_gradient)[0]['kernel'],
         adversarial_kernel=pull_head(adversarial_gradient)[0]['kernel'],
-        discriminator=discriminator_gradient,
+        discriminator=jax.tree.map(jnp.add, discriminator_real, discriminator_fake),
         metrics={
             'l1': l1,
             'lpips': lpips,
             'image_gradient': image_gradient,
             'feature_matching': matching,
             'adversarial': adversarial,
-            'hinge': hinge,
+            'hinge': real_hinge + fake_hinge,
             'discriminator_accuracy': told_apart / 2,
         },
     )
@@ -496,7 +503,7 @@ def jit_step(recipe: Recipe, state: VQGANState, mesh: Mesh) -> Callable[..., tup
         in_shardings=(places, batch, whole),
         out_shardings=(places, whole),
         donate_argnums=0,
-        compiler_options=partitioning.remat_options(mesh.devices.flat[0].platform),
+        compiler_options=partitioning.keep_barriers(mesh.devices.flat[0].platform),
     )
 
 
