@@ -65,7 +65,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.loss_on = 'all'  # positions: 'all', or 'masked' (the corrupted ones)
     config.label_dropout = 0.0  # share of the labels replaced by none, for guidance in sampling; 0: no null class
     config.augment = ml_collections.ConfigDict()
-    config.augment.flip = ()  # axes to mirror ROIs along at random: 'depth', 'height', 'width'; encoded at each step
+    config.augment.flip = ()  # axes to mirror ROIs along at random: 'depth', 'height', 'width'
 
     config.optimizer = optimizer = ml_collections.ConfigDict()  # AdamW; kernels of linear layers decay
     optimizer.learning_rate = 4.5e-6  # at the first step
@@ -114,10 +114,13 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
         model.layers = 4
         model.width = 128
         model.heads = 2
-        masking.ratio = 0.1
+        # A network this small takes the first tokens of a tumour for random codes where these are many, and so draws
+        # tumours too small (at .1 by a third).
+        masking.ratio = 0.02
         config.label_dropout = 0.1
+        config.augment.flip = ('depth', 'height', 'width')
         config.ema_decay = 0.98
-        optimizer.learning_rate = 3e-3
+        optimizer.learning_rate = 1.2e-3
         optimizer.final_learning_rate = 1e-5
         optimizer.b2 = 0.98
         training.duration = '700 steps'
@@ -131,6 +134,8 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
         model.width = 32
         masking.ratio = 0.5
         config.label_dropout = config.ema_decay = 0.0
+        config.augment.flip = ()
+        optimizer.learning_rate = 3e-3
         training.duration = '12 steps'
         training.log_every = '2 steps'
         training.eval_every = '6 steps'

@@ -74,7 +74,7 @@ def test_stopping_and_resuming_is_bit_identical(
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def test_augmentation_encodes_mirrored_volumes_at_each_step(tiny_transformer_config, tmp_path):
+def test_trains_on_mirrored_views(tiny_transformer_config, tmp_path):
     changes = {'augment.flip': ('width', 'depth'), 'training.duration': '2 steps', 'label_dropout': 0.5}
     train_transformer.run(tiny_transformer_config(**changes), tmp_path)
     assert np.isfinite(loop.last_evaluation(tmp_path)['val/cross_entropy'])

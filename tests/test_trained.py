@@ -11,7 +11,7 @@ from vqroi_jax import decoding
 from vqroi_jax import tokens as tokens_module
 from vqroi_jax.decoding import UNKNOWN
 from vqroi_jax.errors import InputError
-from vqroi_jax.tokens import encode_cohort, find_cohort
+from vqroi_jax.tokens import encode_cohort, encode_mirrored, find_cohort
 from vqroi_jax.trained import load_transformer, load_vqgan
 from vqroi_jax.training import partitioning
 
@@ -136,6 +136,26 @@ def test_tokens_are_encoded_once_for_each_checkpoint(tiny_vqgan, monkeypatch):
     moved = dataclasses.replace(vqgan, identity='f' * 16)
     with pytest.raises(RuntimeError, match='encoded again'):
         encode_cohort(moved, cohort, mesh)
+
+
+def test_views_are_encoded_mirrored_along_every_choice_of_axes(tiny_vqgan, monkeypatch):
+    vqgan = load_vqgan(tiny_vqgan)
+    cohort = find_cohort(vqgan, '')
+    source = encode_mirrored(vqgan, cohort, ('width', 'depth'), partitioning.make_mesh({'data': 3}))
+    rois = cohort.split('train')
+    assert source.ids == rois.ids
+    volumes = np.stack([rois.volume(i) for i in range(6)])
+    for view, turned in enumerate((volumes, volumes[:, ::-1], volumes[..., ::-1, :], volumes[:, ::-1, :, ::-1])):
+        expected = np.asarray(vqgan.model.apply(vqgan.variables, turned, method='index_quantize')).reshape(6, -1)
+        assert np.mean(source.tokens[:, view] == expected) > 0.99, view  # rounding may decide between two codes
+        scores = np.asarray(vqgan.model.apply(vqgan.variables, turned, method='importance')).reshape(6, -1)
+        np.testing.assert_allclose(source.scores[:, view], scores, atol=1e-5)
+    assert (source.tokens[:, 1] != source.tokens[:, 0]).any()
+    assert source.load(np.array([4, 1]))['tokens'].shape == (2, 4, source.tokens.shape[2])
+
+    monkeypatch.setattr(tokens_module, '_encode', None)  # from the file, whatever the order of the axes
+    again = encode_mirrored(vqgan, cohort, ('depth', 'width'), partitioning.make_mesh({'data': 1}))
+    np.testing.assert_array_equal(again.tokens, source.tokens)
 
 
 def test_identity_follows_the_weights(tiny_vqgan):

@@ -74,12 +74,9 @@ def _transformer_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
     stage1, settings = _stage1(config, mesh), config.transformer
     recipe = _transformer_recipe(config, stage1)
     state, length = _placed(transformer.state_shapes(recipe), mesh), recipe.masking.length
-    if settings.augment.flip:
-        batch = _rows(settings.batch_size, mesh, volume=((*stage1.roi_size, 1), jnp.float32))
-        step = transformer.jit_step(recipe, state, mesh, stage1.encode)
-        return [Program('step', step, (state, batch, stage1.variables))]
-    batch = _rows(settings.batch_size, mesh, tokens=((length,), jnp.int32), scores=((length,), jnp.float32))
-    return [Program('step', transformer.jit_step(recipe, state, mesh), (state, batch, None))]
+    shape = (2 ** len(set(settings.augment.flip)), length) if settings.augment.flip else (length,)
+    batch = _rows(settings.batch_size, mesh, tokens=(shape, jnp.int32), scores=(shape, jnp.float32))
+    return [Program('step', transformer.jit_step(recipe, state, mesh), (state, batch))]
 
 
 def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:

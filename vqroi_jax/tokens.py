@@ -1,13 +1,14 @@
 """The cohort as stage 1 sees it: tokens and importance scores, encoded once and kept beside the run of stage 1.
 
-    prepared ROIs -> stage 1's encoder -> tokens, scores -> batches of stage 2
+    prepared ROIs, or their mirrored views -> stage 1's encoder -> tokens, scores -> batches of stage 2
 
-The file's name tells the weights and the cohort that it was made from, so another checkpoint or cohort makes another.
+A file's name tells the weights and the cohort that it was made from, so another checkpoint or cohort makes another.
 """
 
 import dataclasses
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vqroi_jax.data.splits import SPLITS
 from vqroi_jax.errors import InputError
 from vqroi_jax.trained import TrainedVQGAN
 from vqroi_jax.training import partitioning
+from vqroi_jax.training.transformer import AXES
 from vqroi_jax.workdir import is_primary
 
 FOLDER = 'tokens'  # in the folder of stage 1
@@ -33,14 +35,14 @@ class TokenSource:
     name: str
     ids: tuple[str, ...]
     labels: np.ndarray  # int32 [n]
-    tokens: np.ndarray  # int32 [n, L], raster order
-    scores: np.ndarray  # float32 [n, L] in (0, 1)
+    tokens: np.ndarray  # int32 [n, L], raster order; or [n, V, L] of V views
+    scores: np.ndarray  # float32 in (0, 1), the same shape
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def load(self, index: np.ndarray) -> Batch:
-        """tokens int32 [b,L], scores float32 [b,L], label and index int32 [b] of the ROIs at `index` [b]."""
+        """tokens int32 and scores float32 [b,(V,)L], label and index int32 [b] of the ROIs at `index` [b]."""
         return {
             'tokens': self.tokens[index],
             'scores': self.scores[index],
@@ -89,22 +91,64 @@ def encode_cohort(vqgan: TrainedVQGAN, cohort: PreparedCohort, mesh: Mesh) -> di
     Raises:
         InputError: the file cannot be written.
     """
-    path = vqgan.workdir / FOLDER / f'step_{vqgan.step}_{vqgan.identity}_{cohort.report["key"][:16]}.npz'
     sources = {name: cohort.split(name) for name in SPLITS}
-    if not path.exists():
-        arrays = _encode(vqgan, sources, mesh)
-        if is_primary():
-            _save(path, arrays)
-    else:
-        with np.load(path) as stored:
-            arrays = dict(stored)
+    arrays = _kept(vqgan, cohort, sources, '', mesh)
     return {
         name: TokenSource(name, source.ids, source.labels, arrays[f'{name}_tokens'], arrays[f'{name}_scores'])
         for name, source in sources.items()
     }
 
 
-def _encode(vqgan: TrainedVQGAN, sources: dict[str, RoiSource], mesh: Mesh) -> dict[str, np.ndarray]:
+def encode_mirrored(vqgan: TrainedVQGAN, cohort: PreparedCohort, axes: Sequence[str], mesh: Mesh) -> TokenSource:
+    """Tokens and scores of the ROIs to train on, each in all its views, from the file beside stage 1 if it is there.
+
+    Args:
+        vqgan: stage 1.
+        cohort: of ROIs of its size.
+        axes: names of those to mirror along: with k of them an ROI has V = 2**k views, the first of them as it is.
+        mesh: devices to encode on, each a view at a time.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    places = tuple(place for place, axis in enumerate(AXES) if axis in axes)
+    rois = cohort.split('train')
+    arrays = _kept(vqgan, cohort, {'train': _Views(rois, places)}, ''.join(f'_{AXES[place]}' for place in places), mesh)
+    tokens, scores = (arrays[f'train_{name}'].reshape(len(rois), 2 ** len(places), -1) for name in ('tokens', 'scores'))
+    return TokenSource('train', rois.ids, rois.labels, tokens, scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Views:
+    """Volumes of ROIs, each mirrored along every choice of some axes, its views one after the other."""
+
+    rois: RoiSource
+    axes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rois) << len(self.axes)
+
+    def volume(self, position: int) -> np.ndarray:
+        """Float32 [D, H, W, 1]."""
+        roi, view = divmod(position, 1 << len(self.axes))
+        return np.flip(self.rois.volume(roi), tuple(axis for bit, axis in enumerate(self.axes) if view >> bit & 1))
+
+
+def _kept(
+    vqgan: TrainedVQGAN, cohort: PreparedCohort, sources: Mapping[str, RoiSource | _Views], end: str, mesh: Mesh
+) -> dict[str, np.ndarray]:
+    """`_encode`, from a file if it is there, which is kept otherwise; its name ends in `end`."""
+    path = vqgan.workdir / FOLDER / f'step_{vqgan.step}_{vqgan.identity}_{cohort.report["key"][:16]}{end}.npz'
+    if not path.exists():
+        arrays = _encode(vqgan, sources, mesh)
+        if is_primary():
+            _save(path, arrays)
+        return arrays
+    with np.load(path) as stored:
+        return dict(stored)
+
+
+def _encode(vqgan: TrainedVQGAN, sources: Mapping[str, RoiSource | _Views], mesh: Mesh) -> dict[str, np.ndarray]:
     """ROI by ROI on each device, so that tokens do not depend on how many there are."""
     variables = jax.device_put(vqgan.variables, partitioning.replicated(mesh))
     encode = partitioning.on_each_device(vqgan.encode, mesh)

@@ -19,7 +19,7 @@ from vqroi_jax import masking, model_card, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.data.learnt_from import LearntFrom
 from vqroi_jax.decoding import UNKNOWN
-from vqroi_jax.tokens import TokenSource, encode_cohort, find_cohort
+from vqroi_jax.tokens import TokenSource, encode_cohort, encode_mirrored, find_cohort
 from vqroi_jax.trained import Sampler, Stage1Facts, TrainedVQGAN, check_finished, check_trainable, load_vqgan
 from vqroi_jax.training import loop, partitioning, transformer
 from vqroi_jax.training.checkpoints import saved_steps
@@ -69,12 +69,8 @@ def train(config: ConfigDict, folder: Path) -> None:
         LearntFrom.of_scans(cohort.report['scans']).record(folder, begun=bool(saved_steps(folder)))
 
     sources = encode_cohort(vqgan, cohort, mesh)
-    augmented = bool(config.augment.flip)
-    batches = (
-        batch
-        if augmented
-        else pipeline.Batches(sources['train'], config.batch_size, config.seed, **partitioning.this_process(mesh))
-    )
+    views = encode_mirrored(vqgan, cohort, config.augment.flip, mesh) if config.augment.flip else sources['train']
+    batches = pipeline.Batches(views, config.batch_size, config.seed, **partitioning.this_process(mesh))
     state = transformer.create_state(recipe, mesh)
     if is_primary():
         loop.write_parameters(folder, state.params)
@@ -93,9 +89,7 @@ def train(config: ConfigDict, folder: Path) -> None:
 
     task = loop.TrainingTask(
         state=state,
-        train_step=transformer.make_train_step(
-            recipe, state, mesh, *((vqgan.encode, vqgan.variables) if augmented else ())
-        ),
+        train_step=transformer.jit_step(recipe, state, mesh),
         batches=batches,
         put_batch=lambda rows: partitioning.put_batch(rows, mesh),
         evaluate=make_evaluation(recipe, held_out, cohort.classes, mesh) if len(held_out) else None,

@@ -41,14 +41,14 @@ def config(name: str) -> ml_collections.ConfigDict:
     return runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']('demo')
 
 
-def measure(jitted: Callable, state, batch, rest, size: float, repeats: int) -> Row:
+def measure(jitted: Callable, state, rest: tuple, size: float, repeats: int) -> Row:
     """Compiles a step and times it; the first call is not counted."""
-    compiled = jitted.lower(state, batch, rest).compile()
+    compiled = jitted.lower(state, *rest).compile()
     needed, sent = compiled.memory_analysis(), hlo.read_cost(compiled.as_text()).sent
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        state, metrics = compiled(state, batch, rest)
+        state, metrics = compiled(state, *rest)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
     memory = needed.argument_size_in_bytes + needed.temp_size_in_bytes
@@ -65,7 +65,7 @@ def stage1(size: float, repeats: int, side: int = 32, batch: int = 1, codes: int
     rows = partitioning.put_batch({'volume': volume, 'label': np.arange(batch, dtype=np.int32) % 2}, mesh)
     state = vqgan.create_state(recipe, mesh)
     weights = jax.device_put(recipe.lpips_weights, partitioning.replicated(mesh))
-    return measure(vqgan.jit_step(recipe, state, mesh), state, rows, weights, size, repeats)
+    return measure(vqgan.jit_step(recipe, state, mesh), state, (rows, weights), size, repeats)
 
 
 def stage2(size: float, repeats: int, grid: int) -> Row:
@@ -82,7 +82,7 @@ def stage2(size: float, repeats: int, grid: int) -> Row:
     }
     state = transformer.create_state(recipe, mesh)
     jitted = transformer.jit_step(recipe, state, mesh)
-    return measure(jitted, state, partitioning.put_batch(batch, mesh), None, size, repeats)
+    return measure(jitted, state, (partitioning.put_batch(batch, mesh),), size, repeats)
 
 
 def cohort(patients: int, repeats: int) -> Row:

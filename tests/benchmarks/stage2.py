@@ -91,7 +91,7 @@ def our_step(options: argparse.Namespace) -> Side:
     batch = partitioning.put_batch({'tokens': tokens, 'scores': scores, 'label': label}, mesh)
     state = [transformer.create_state(recipe, mesh)]
     gc.collect()
-    step = transformer.make_train_step(recipe, state[0], mesh)
+    step = transformer.jit_step(recipe, state[0], mesh)
 
     def run() -> None:
         state[0], metrics = step(state[0], batch)

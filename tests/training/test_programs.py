@@ -62,7 +62,7 @@ def stage2():
     recipe = stage2_recipe()
     state, rows, length = transformer.state_shapes(recipe), 8, recipe.masking.length
     batch = {'tokens': shape(rows, length), 'scores': shape(rows, length, dtype=jnp.float32), 'label': shape(rows)}
-    return transformer.jit_step(recipe, state, mesh()), (state, batch | {'index': shape(rows)}, None)
+    return transformer.jit_step(recipe, state, mesh()), (state, batch | {'index': shape(rows)})
 
 
 def sampler():
@@ -124,7 +124,7 @@ def test_a_step_is_traced_once(monkeypatch):
     monkeypatch.setattr(transformer, 'update', lambda *arguments: traces.append(1) or update(*arguments))
     recipe = stage2_recipe()
     state, length = transformer.create_state(recipe, mesh()), recipe.masking.length
-    step = transformer.make_train_step(recipe, state, mesh())
+    step = transformer.jit_step(recipe, state, mesh())
     for number in range(3):
         rng = np.random.default_rng(number)
         rows = {

@@ -205,7 +205,7 @@ def test_eight_devices_make_the_same_step_as_one(mesh_settings, changes, monkeyp
             own = kernel.addressable_shards[0].data
             assert kernel.size == own.size * wide.shape['fsdp'] * wide.shape['model']
             assert len(own) == 2  # layers are never split
-    steps = [transformer.make_train_step(recipe, s, mesh) for s, mesh in ((state, narrow), (spread, wide))]
+    steps = [transformer.jit_step(recipe, s, mesh) for s, mesh in ((state, narrow), (spread, wide))]
     batch = tokens_and_scores()
     for _ in range(2):
         spread = jax.device_put(jax.device_get(state), partitioning.state_shardings(state, wide))
@@ -267,34 +267,32 @@ def test_labels_are_dropped_by_share_to_the_null_class():
     assert make_recipe().model.vocabulary == CODES + 1 + CLASSES
 
 
-def test_volumes_are_mirrored_by_fair_coins_and_encoded_in_the_step():
-    volume = np.random.default_rng(0).normal(size=(200, 2, 3, 4, 1)).astype(np.float32)
-    mirrored = np.asarray(
-        transformer.flip(jax.random.split(jax.random.key(1), 200), jnp.asarray(volume), ('height', 'width'))
-    )
-    kinds = [volume, volume[:, :, ::-1], volume[:, :, :, ::-1], volume[:, :, ::-1, ::-1]]
-    same = np.array([(mirrored == kind).all(axis=(1, 2, 3, 4)) for kind in kinds])
-    assert (same.sum(axis=0) == 1).all()
-    assert (np.abs(same.mean(axis=1) - 0.25) < 0.1).all()
+def test_a_step_draws_each_of_a_samples_views_as_often():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(CODES, size=(400, 4, LENGTH)).astype(np.int32)
+    scores = rng.uniform(size=tokens.shape).astype(np.float32)
+    drawn = transformer.draw_views(jax.random.split(jax.random.key(1), 400), tokens, scores)
+    same = (np.asarray(drawn[0])[:, None] == tokens).all(axis=2)
+    assert (same.sum(axis=1) == 1).all()
+    assert (np.abs(same.mean(axis=0) - 0.25) < 0.07).all()
+    np.testing.assert_array_equal(drawn[1], scores[same])
 
-    recipe, mesh = make_recipe(**{'augment.flip': ('width',)}), partitioning.make_mesh({'data': 2})
+
+@pytest.mark.parametrize('devices', [1, 2])
+def test_a_step_with_views_is_that_of_those_it_draws(devices):
+    recipe, mesh = make_recipe(**{'augment.flip': ('width', 'depth')}), partitioning.make_mesh({'data': devices})
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(CODES, size=(ROWS, 4, LENGTH)).astype(np.int32)
+    scores = rng.uniform(size=tokens.shape).astype(np.float32)
+    batch = {'tokens': tokens, 'scores': scores, 'label': np.zeros(ROWS, np.int32)}
     state = transformer.create_state(recipe, mesh)
-
-    def encode(variables, volume):
-        tokens = (variables * volume).reshape(ROWS, LENGTH).astype(jnp.int32) % CODES
-        return tokens, jax.nn.sigmoid(volume.reshape(ROWS, LENGTH))
-
-    volume = np.random.default_rng(0).uniform(0, 9, (ROWS, *GRID, 1)).astype(np.float32)
-    label = np.zeros(ROWS, np.int32)
-    step = transformer.make_train_step(recipe, state, mesh, encode, jnp.float32(2.0))
-    _, metrics = step(state, partitioning.put_batch({'volume': volume, 'label': label}, mesh))
     keys = transformer.draw_keys(recipe, jnp.int32(0), ROWS)
-    coins = np.asarray(transformer.flip(keys.flip, jnp.asarray(volume), ('width',)))
-    assert (coins != volume).any()
-    assert (coins == volume).all(axis=(1, 2, 3, 4)).any()
-    example = transformer.make_example(recipe, keys.masking, *encode(2.0, jnp.asarray(coins)), jnp.asarray(label))
-    fresh = transformer.create_state(recipe, mesh)
-    np.testing.assert_allclose(metrics['loss'], gradients_of(start()[0], fresh.params, example)[1]['loss'], rtol=1e-5)
+    drawn = transformer.draw_views(keys.view, tokens, scores)
+    assert len({tuple((row == views).all(axis=1)) for row, views in zip(np.asarray(drawn[0]), tokens, strict=True)}) > 1
+    example = transformer.make_example(recipe, keys.masking, *drawn, batch['label'])
+    expected = gradients_of(start()[0], state.params, example)[1]['loss']
+    _, metrics = transformer.jit_step(recipe, state, mesh)(state, partitioning.put_batch(batch, mesh))
+    np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-5)
 
 
 def test_draws_depend_on_seed_step_and_row():

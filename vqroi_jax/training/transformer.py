@@ -2,8 +2,8 @@
 
 A step corrupts the tokens (`vqroi_jax.masking`), puts the class in front, and learns the true ones. A causal model
 reads the class and all corrupted tokens but the last, so what it predicts at a position it has not seen there; a
-bidirectional one reads the class and all of them. With augmentation the batch brings volumes, and the frozen stage 1
-encodes them within the step. Source: sections 2.3 to 2.5 of the design.
+bidirectional one reads the class and all of them. With augmentation the batch brings each sample's tokens in all its
+views, mirrored and not, and a step draws one. Source: sections 2.3 to 2.5 of the design.
 """
 
 import dataclasses
@@ -28,9 +28,8 @@ from vqroi_jax.training.durations import to_steps
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-Encode = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]  # (stage 1's variables, volumes) to tokens, scores
 
-AXES = {'depth': 1, 'height': 2, 'width': 3}  # of a batch of volumes
+AXES = ('depth', 'height', 'width')  # of a volume
 
 
 @flax.struct.dataclass
@@ -208,7 +207,7 @@ class Draws(NamedTuple):
 
     masking: jax.Array
     label: jax.Array
-    flip: jax.Array
+    view: jax.Array
 
 
 def draw_keys(recipe: Recipe, step: jax.Array, rows: int) -> Draws:
@@ -224,12 +223,21 @@ def drop_labels(keys: jax.Array, label: jax.Array, classes: int, share: float) -
     return jnp.where(dropped, classes, label)
 
 
-def flip(keys: jax.Array, volume: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Mirrors each of the volumes `[B, D, H, W, 1]` along each of the named axes by a fair coin."""
-    coins = jax.vmap(lambda key: jax.random.bernoulli(key, shape=(len(axes),)))(keys)
-    for coin, axis in zip(coins.T, axes, strict=True):
-        volume = jnp.where(coin[:, None, None, None, None], jnp.flip(volume, AXES[axis]), volume)
-    return volume
+def draw_views(keys: jax.Array, tokens: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draws one of each sample's views, all as likely: as fair coins would that mirror along each axis.
+
+    Args:
+        keys: random keys `[B]`.
+        tokens: int32 `[B, V, L]`.
+        scores: float32 `[B, V, L]`.
+
+    Returns:
+        Tokens and scores `[B, L]`.
+    """
+    views = tokens.shape[1]
+    chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, views))(keys)
+    rows = jnp.arange(len(tokens))
+    return tokens[rows, chosen], scores[rows, chosen]
 
 
 def gradients(recipe: Recipe, params: Any, example: Example) -> tuple[Any, Metrics]:
@@ -279,53 +287,33 @@ def update(recipe: Recipe, state: TransformerState, example: Example) -> tuple[T
 
 
 def jit_step(
-    recipe: Recipe, state: TransformerState, mesh: Mesh, encode: Encode | None = None
-) -> Callable[..., tuple[TransformerState, Metrics]]:
-    """The step over a mesh, for `jax.jit`'s own methods as well: (state, global batch, variables) to (state, metrics).
+    recipe: Recipe, state: TransformerState, mesh: Mesh
+) -> Callable[[TransformerState, Batch], tuple[TransformerState, Metrics]]:
+    """The step over a mesh, for `jax.jit`'s own methods as well: (state, global batch) to (state, metrics).
 
     Args:
         recipe: what to compute.
         state: or its shapes; the state that is stepped is donated.
         mesh: to compute on.
-        encode: from stage 1's variables and volumes `[B, D, H, W, 1]` to tokens and scores `[B, L]`, for batches that
-            bring `volume`; None for batches that bring `tokens` and `scores`.
 
     Returns:
-        A jitted function, whose variables are stage 1's, whole on every device, or None without `encode`.
+        A jitted function of batches that bring `label` and, of `tokens` and `scores`, `[B, L]`, or `[B, V, L]` where
+        the config mirrors.
     """
     settings = recipe.settings
 
-    def step(state, batch, variables):
-        label = batch['label']
+    def step(state, batch):
+        label, tokens, scores = batch['label'], batch['tokens'], batch['scores']
         keys = draw_keys(recipe, state.step, len(label))
-        if encode:
-            tokens, scores = encode(variables, flip(keys.flip, batch['volume'], settings.augment.flip))
-        else:
-            tokens, scores = batch['tokens'], batch['scores']
+        if settings.augment.flip:
+            tokens, scores = draw_views(keys.view, tokens, scores)
         if settings.label_dropout > 0:
             label = drop_labels(keys.label, label, recipe.classes, settings.label_dropout)
         return update(recipe, state, make_example(recipe, keys.masking, tokens, scores, label))
 
     whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
     places, step = partitioning.state_shardings(state, mesh), partitioning.traced_on(mesh, step)
-    return jax.jit(step, in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
-
-
-def make_train_step(
-    recipe: Recipe, state: TransformerState, mesh: Mesh, encode: Encode | None = None, variables: Any = None
-) -> Callable[[TransformerState, Batch], tuple[TransformerState, Metrics]]:
-    """The jitted step of a run: (state, global batch) to (state, metrics).
-
-    Args:
-        recipe: as of `jit_step`, like what follows.
-        state: or its shapes.
-        mesh: of the run.
-        encode: of stage 1, for batches that bring `volume`.
-        variables: of stage 1, frozen.
-    """
-    jitted = jit_step(recipe, state, mesh, encode)
-    variables = jax.device_put(variables, partitioning.replicated(mesh))
-    return lambda state, batch: jitted(state, batch, variables)
+    return jax.jit(step, in_shardings=(places, rows), out_shardings=(places, whole), donate_argnums=0)
 
 
 def evaluation_params(state: TransformerState) -> Any:
