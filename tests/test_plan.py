@@ -6,6 +6,8 @@ import re
 import runpy
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
@@ -15,6 +17,7 @@ from vqroi_jax.errors import InputError
 from vqroi_jax.hlo import Collective, Cost
 from vqroi_jax.models import slab_convolution
 from vqroi_jax.targets import CHIPS, GB, GIB, find_target
+from vqroi_jax.training import partitioning
 
 # What libtpu says of a program that is too large, shortened.
 REFUSAL = (
@@ -70,6 +73,17 @@ def test_a_plan_of_stage_2_on_this_machine(transformer_plan):
         positions = row['rows'] * length
         products = 6 * positions * (12 * width**2 + vocabulary * width) + 12 * positions * length * width
         assert row['cost']['flops'] == pytest.approx(products, rel=0.15)
+
+
+def test_a_plan_with_mirroring_is_of_batches_with_all_views():
+    config = tiny_config('transformer')
+    config.transformer.augment.flip = ('width', 'depth')
+    config.transformer.batch_size = 2
+    (step,) = planner.programs(config, partitioning.make_mesh({'data': 1}))
+    assert step.arguments[1]['tokens'].shape == (2, 4, 8)
+    state, metrics = step.jitted.eval_shape(*step.arguments)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, step.arguments[0])
+    assert metrics['loss'].shape == ()
 
 
 def test_the_same_command_again_compiles_nothing(transformer_plan, capsys, monkeypatch):

@@ -71,7 +71,7 @@ def stage1(size: float, repeats: int, side: int = 32, batch: int = 1, codes: int
 def stage2(size: float, repeats: int, grid: int) -> Row:
     """A step of stage 2, batch 4."""
     settings, length, rng = config('transformer'), grid**3, np.random.default_rng(0)
-    settings.batch_size = 4
+    settings.batch_size, settings.augment.flip = 4, ()
     mesh = partitioning.make_mesh({'data': 1})
     recipe = transformer.make_recipe(settings, 128, 2, (grid,) * 3, steps_per_epoch=10)
     batch = {

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from vqroi_jax import masking
+from vqroi_jax import hlo, masking
 from vqroi_jax.errors import InputError
 from vqroi_jax.training import partitioning, transformer
 
@@ -293,6 +293,18 @@ def test_a_step_with_views_is_that_of_those_it_draws(devices):
     expected = gradients_of(start()[0], state.params, example)[1]['loss']
     _, metrics = transformer.jit_step(recipe, state, mesh)(state, partitioning.put_batch(batch, mesh))
     np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-5)
+
+
+def test_views_are_drawn_where_they_are():
+    mesh, sent = partitioning.make_mesh({'data': 8}), []
+    for axes in ((), ('width', 'depth')):
+        recipe = make_recipe(**{'augment.flip': axes})
+        state, shape = transformer.state_shapes(recipe), (8, 4, LENGTH) if axes else (8, LENGTH)
+        rows = {'tokens': (shape, jnp.int32), 'scores': (shape, jnp.float32), 'label': ((8,), jnp.int32)}
+        batch = {name: jax.ShapeDtypeStruct(*of) for name, of in rows.items()}
+        compiled = transformer.jit_step(recipe, state, mesh).lower(state, batch).compile()
+        sent.append(hlo.read_cost(compiled.as_text()).sent)
+    assert sent[0] == sent[1] > 0
 
 
 def test_draws_depend_on_seed_step_and_row():

@@ -234,10 +234,12 @@ def draw_views(keys: jax.Array, tokens: jax.Array, scores: jax.Array) -> tuple[j
     Returns:
         Tokens and scores `[B, L]`.
     """
-    views = tokens.shape[1]
-    chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, views))(keys)
-    rows = jnp.arange(len(tokens))
-    return tokens[rows, chosen], scores[rows, chosen]
+
+    def draw(key, tokens, scores):
+        view = jax.random.randint(key, (), 0, len(tokens))
+        return tokens[view], scores[view]
+
+    return jax.vmap(draw)(keys, tokens, scores)
 
 
 def gradients(recipe: Recipe, params: Any, example: Example) -> tuple[Any, Metrics]:
