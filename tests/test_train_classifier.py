@@ -163,6 +163,18 @@ def test_goes_on_where_it_was_stopped(done, folders, tmp_path, monkeypatch):
     assert resumed['arms'] == unbroken['arms']
 
 
+@pytest.mark.parametrize('changed', ['real', 'fake'])
+def test_goes_on_with_no_other_rois(changed, done, folders, tmp_path, capsys):
+    workdir = shutil.copytree(done, tmp_path / 'experiment')
+    sets = json.loads((workdir / 'sets.json').read_text())
+    with open_sets(str(folders / 'cohort'), str(folders / 'fake'), experiment(), tmp_path) as (real, fake):
+        assert sets == {'real': real.sha256, 'fake': fake.sha256}
+    (workdir / 'sets.json').write_text(json.dumps(sets | {changed: sets[changed][::-1]}))
+    assert command(folders, workdir) == 2
+    assert f'config.{changed}={folders}' in capsys.readouterr().err
+    assert (workdir / 'report.html').read_bytes() == (done / 'report.html').read_bytes()
+
+
 @pytest.fixture(scope='module')
 def transferred(done, folders, tmp_path_factory):
     """An experiment with the frozen features of a part of another, killed in its first training and resumed."""

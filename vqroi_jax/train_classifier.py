@@ -4,7 +4,7 @@ two sets (data.roi_sets) -> for each arm and run: pre-training, training [the lo
 
 An arm may begin with the features of given weights (transfer), and leave them as they are.
 Each part has a folder of its own and is not done again once its `result.json` is there, so an experiment goes on where
-it was stopped.
+it was stopped, with the ROIs that it began with.
 """
 
 import json
@@ -21,7 +21,7 @@ from scipy import stats
 
 from vqroi_jax import losses, report, transfer, viz
 from vqroi_jax.data import pipeline
-from vqroi_jax.data.roi_sets import open_sets
+from vqroi_jax.data.roi_sets import RoiSet, open_sets
 from vqroi_jax.errors import InputError
 from vqroi_jax.experiment import Part, Rois, check_disjoint, counted, generators, plan, provenance, tested_rois
 from vqroi_jax.metrics import classification
@@ -34,6 +34,7 @@ from vqroi_jax.workdir import is_primary, open_workdir, write_atomically
 METRICS_FILE = 'metrics.json'
 REPORT_FILE = 'report.html'
 RESULT_FILE = 'result.json'  # of a part
+SETS_FILE = 'sets.json'  # which ROIs the parts were begun with
 FORMAT = 1
 STAGES = ('pretrain', 'finetune')
 
@@ -52,8 +53,10 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                 for stage, part in run_parts.items():
                     loop.Schedule.read(config[stage].training, len(part.train) / config[stage].batch_size)
             origin = provenance(test, parts.values())
-            if origin and is_primary():
-                print(origin)
+            if is_primary():
+                keep_sets(sets, folder)
+                if origin:
+                    print(origin)
             results: dict[str, list[dict]] = {name: [] for name in arms}
             for (name, number), run_parts in parts.items():
                 where = folder / 'parts' / name / f'run_{number}'
@@ -67,6 +70,25 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                     start = starts[name]
                     arm['weights'] = start and start.fact
                 leave(found, folder)
+
+
+def keep_sets(sets: tuple[RoiSet, RoiSet], folder: Path) -> None:
+    """Records which ROIs an experiment begins with, or compares with those that it was begun with.
+
+    Raises:
+        InputError: a set has changed since then; parts that are done would be mixed with others.
+    """
+    path, now = folder / SETS_FILE, {name: part.sha256 for name, part in zip(('real', 'fake'), sets, strict=True)}
+    if not path.exists():
+        write_atomically(path, json.dumps(now, indent=1) + '\n')
+        return
+    there = json.loads(path.read_text(encoding='utf-8'))
+    for (name, sha256), part in zip(now.items(), sets, strict=True):
+        if there[name] != sha256:
+            raise InputError(
+                f'config.{name}={part.path} has changed since the experiment in {folder} was begun: other ROIs, '
+                'classes or splits; bring back what it was, or name another --workdir'
+            )
 
 
 def rois_of(runs: Sequence[Mapping[str, Part]]) -> dict[str, list[dict]]:
