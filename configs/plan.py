@@ -38,9 +38,8 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     cohort.rois = 282  # in the training split
     cohort.classes = 2
 
-    config.search = (
-        variant != 'smoke'
-    )  # also look for the largest batch that fits, by three compilations or so for each of `remat`
+    # Also look for the largest batch that fits, by three compilations or so for each of `remat`.
+    config.search = variant != 'smoke'
     # Settings of the stage's `model.remat` to look with; empty: its own and all others. Generation has none.
     config.remat = ()
     config.margin = 0.03  # share of the chip's memory that a batch of the search leaves free

@@ -74,7 +74,7 @@ def _transformer_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
     stage1, settings = _stage1(config, mesh), config.transformer
     recipe = _transformer_recipe(config, stage1)
     state, length = _placed(transformer.state_shapes(recipe), mesh), recipe.masking.length
-    shape = (2 ** len(set(settings.augment.flip)), length) if settings.augment.flip else (length,)
+    shape = (2 ** len(settings.augment.flip), length) if settings.augment.flip else (length,)
     batch = _rows(settings.batch_size, mesh, tokens=(shape, jnp.int32), scores=(shape, jnp.float32))
     return [Program('step', transformer.jit_step(recipe, state, mesh), (state, batch))]
 

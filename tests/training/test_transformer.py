@@ -346,6 +346,7 @@ def test_training_takes_a_strategy_of_ones_own(name, monkeypatch):
         ({'model.heads': 3}, 'config.model.width=16 does not divide by config.model.heads=3'),
         ({'label_dropout': 1.0}, 'config.label_dropout=1.0'),
         ({'augment.flip': ('up',)}, "config.augment.flip: 'up' is none of depth, height, width"),
+        ({'augment.flip': ('width', 'width')}, r"config.augment.flip=\('width', 'width'\): expected each axis once"),
         ({'masking.top_k': 0.01}, r'config\.masking\.top_k=0\.01'),
         ({'masking.ratio': 0.0}, r'config\.masking\.ratio=0\.0'),
         ({'training.duration': 'long'}, r'config\.training\.duration'),

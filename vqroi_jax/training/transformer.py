@@ -85,6 +85,8 @@ def make_model(config: ml_collections.ConfigDict, codes: int, classes: int, leng
         raise InputError(f'config.label_dropout={config.label_dropout}: expected a share from 0 to below 1')
     if unknown := [axis for axis in config.augment.flip if axis not in AXES]:
         raise InputError(f'config.augment.flip: {unknown[0]!r} is none of {", ".join(AXES)}')
+    if len(set(config.augment.flip)) < len(config.augment.flip):
+        raise InputError(f'config.augment.flip={tuple(config.augment.flip)}: expected each axis once')
     causal = model.attention == 'causal'
     return Transformer(
         vocabulary=codes + 1 + classes + (config.label_dropout > 0),
