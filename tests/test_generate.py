@@ -7,9 +7,11 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ from ml_collections import ConfigDict
 from vqroi_jax import generate, main
 from vqroi_jax.data import samples
 from vqroi_jax.data.learnt_from import LearntFrom
-from vqroi_jax.errors import InputError
+from vqroi_jax.errors import InputError, Stopped
 from vqroi_jax.workdir import read_config
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'generate.py'
@@ -282,7 +284,9 @@ def test_samples_that_are_not_finite_are_refused(model, tmp_path):
 
 def test_of_several_processes_only_the_primary_writes_and_all_compute(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, 'is_primary', lambda: False)
-    monkeypatch.setattr(generate, '_from_primary', lambda numbers: np.full_like(numbers, -1 if numbers.ndim < 2 else 1))
+    monkeypatch.setattr(
+        generate.partitioning, 'from_primary', lambda numbers: np.full_like(numbers, -1 if numbers.ndim < 2 else 1)
+    )
     generate.run(settings(), tmp_path)
     assert len(model.drawn) == 8
     assert set(contents(tmp_path)) == {'config.json'}  # open_workdir's, which took this process for the primary
@@ -343,6 +347,28 @@ def test_killed_and_resumed_it_ends_as_if_unbroken(model, tmp_path, brain, capsy
         assert contents(out) == expected
         assert (out / generate.FIGURE).read_bytes() == figure
         assert f'{10 - number} of them made now' in capsys.readouterr().out
+
+
+def terminate_after(number: int):
+    """To be called before each sample: SIGTERM comes when `number` have been drawn."""
+
+    def ask_to_stop(drawn):
+        if len(drawn) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask_to_stop
+
+
+def test_sigterm_ends_it_after_the_batch_with_everything_listed(model, tmp_path, capsys):
+    generate.run(settings(number=5), tmp_path / 'unbroken')
+    model.settings['fail'] = terminate_after(4)  # of 10, in batches of 3, 2, 3 and 2: in the second
+    with pytest.raises(Stopped, match=r'stopped with 5 of 10 samples in .*; the same command again goes on'):
+        generate.run(settings(number=5), tmp_path / 'out')
+    assert len(manifest(tmp_path / 'out')) == 5
+    model.settings['fail'] = None
+    generate.run(settings(number=5), tmp_path / 'out')
+    assert '5 of them made now' in capsys.readouterr().out
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'unbroken')
 
 
 def test_what_is_done_is_left_alone(model, tmp_path, capsys):
@@ -508,9 +534,38 @@ import test_generate
 from vqroi_jax import generate
 model = test_generate.FakeTransformer()
 generate.trained.load_transformer = lambda workdir, checkpoint, vqgan_workdir: print(checkpoint) or model
-generate.run(test_generate.settings(), sys.argv[3])
-print(model.drawn)
+if len(sys.argv) > 4:
+    model.settings['fail'] = eval(sys.argv[4], vars(test_generate))
+try:
+    generate.run(test_generate.settings(), sys.argv[3])
+    print(model.drawn)
+except generate.Stopped as stopped:
+    print(stopped)
 """
+
+
+def slowly(then=None):
+    """To be called before each sample."""
+
+    def wait(drawn):
+        time.sleep(1)
+        if then:
+            then(drawn)
+
+    return wait
+
+
+def two_processes(folder: Path, *fail: str) -> list[list[str]]:
+    """What each of two processes prints that go on together; `fail`: an expression for each one's model, if any."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = str(probe.getsockname()[1])
+    where = {'cwd': Path(__file__).parent, 'stdout': subprocess.PIPE, 'text': True}
+    command = [sys.executable, '-c', PROCESS, port]
+    processes = [subprocess.Popen([*command, str(rank), folder, *fail[rank : rank + 1]], **where) for rank in range(2)]
+    outputs = [process.communicate()[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    return [[line for line in lines if '[Gloo]' not in line] for lines in outputs]
 
 
 @pytest.mark.long
@@ -519,18 +574,21 @@ def test_two_processes_go_on_together_and_one_writes(model, tmp_path):
     model.settings['fail'] = kill_after(5)
     with pytest.raises(Killed):
         generate.run(settings(), tmp_path / 'out')
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = str(probe.getsockname()[1])
-    where = {'cwd': Path(__file__).parent, 'stdout': subprocess.PIPE, 'text': True}
-    command = [sys.executable, '-c', PROCESS, port]
-    processes = [subprocess.Popen([*command, str(rank), tmp_path / 'out'], **where) for rank in range(2)]
-    outputs = [process.communicate()[0].splitlines() for process in processes]
-    outputs = [[line for line in lines if '[Gloo]' not in line] for lines in outputs]
-    assert [process.returncode for process in processes] == [0, 0]
+    outputs = two_processes(tmp_path / 'out')
     assert outputs[1] == ['500', '[(1, 1), (1, 2), (1, 3)]']  # what only the primary one had read
     assert [*outputs[0][:1], *outputs[0][2:]] == outputs[1]
     assert '3 of them made now' in outputs[0][1]
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'unbroken')
+
+
+@pytest.mark.long
+def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_batch(model, tmp_path):
+    generate.run(settings(), tmp_path / 'unbroken')
+    outputs = two_processes(tmp_path / 'out', 'slowly()', 'slowly(terminate_after(1))')
+    assert outputs[0][-1] == outputs[1][-1]
+    assert outputs[0][-1].startswith('stopped with ')
+    assert 3 <= len(manifest(tmp_path / 'out')) < 8
+    two_processes(tmp_path / 'out')
     assert contents(tmp_path / 'out') == contents(tmp_path / 'unbroken')
 
 

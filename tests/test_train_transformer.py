@@ -1,6 +1,7 @@
 """Stage 2's command from end to end at smoke size: what it leaves, what it measures, that stopping changes nothing."""
 
 import contextlib
+import itertools
 import json
 
 import jax
@@ -64,8 +65,9 @@ def state_of(folder):
 def test_stopping_and_resuming_is_bit_identical(
     tiny_transformer, tiny_transformer_config, tmp_path, monkeypatch, stop_after
 ):
+    asked = itertools.count(1)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, '_stop_requests', lambda: contextlib.nullcontext(lambda now: now == stop_after))
+        patch.setattr(loop, 'stop_requests', lambda: contextlib.nullcontext(lambda: next(asked) == stop_after))
         with pytest.raises(Stopped, match=f'stopped after step {stop_after}'):
             train_transformer.run(tiny_transformer_config(), tmp_path)
     train_transformer.run(tiny_transformer_config(), tmp_path)

@@ -1,6 +1,8 @@
 """Stage 1's command from end to end at smoke size: what it leaves, and that stopping changes nothing."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import runpy
@@ -100,7 +102,7 @@ def test_stopping_and_resuming_is_bit_identical(finished, cohort, tmp_path, monk
     """Stopped before and after the codebook's initialisation at step 4, off the checkpoints' rhythm."""
     config = smoke_config(**{'data.path': str(cohort)})
     with monkeypatch.context() as patch:
-        patch.setattr(loop, '_stop_requests', lambda: stopping_after(stop_after))
+        patch.setattr(loop, 'stop_requests', lambda: stopping_after(stop_after))
         with pytest.raises(Stopped, match=f'stopped after step {stop_after}'):
             train_vqgan.run(config, tmp_path)
     train_vqgan.run(config, tmp_path)
@@ -114,10 +116,9 @@ def test_stopping_and_resuming_is_bit_identical(finished, cohort, tmp_path, monk
     assert rows[0] == [row for row in rows[1] if set(row) != {'step'}]
 
 
-def stopping_after(step):
-    import contextlib
-
-    return contextlib.nullcontext(lambda now: now == step)
+def stopping_after(steps):
+    asked = itertools.count(1)
+    return contextlib.nullcontext(lambda: next(asked) == steps)
 
 
 @pytest.mark.long

@@ -14,10 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import nibabel
 import numpy as np
-from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from scipy import ndimage
@@ -27,7 +25,8 @@ from vqroi_jax import trained, viz
 from vqroi_jax.data import samples
 from vqroi_jax.data.learnt_from import LEARNT_FROM_FILE, write_learnt_from
 from vqroi_jax.data.roi import mask_box, put_back, scale, to_nifti, to_volume, unscale
-from vqroi_jax.errors import InputError
+from vqroi_jax.errors import InputError, Stopped
+from vqroi_jax.stopping import stop_requests
 from vqroi_jax.training import partitioning
 from vqroi_jax.workdir import is_primary, open_workdir, require_space
 
@@ -168,6 +167,7 @@ def generate(
             another model in the folder, a damaged record of the patients that it was trained on, or no room on the
             disk, all before the first sample is drawn; or a sample that is not finite.
         OSError: a file cannot be written, e.g. as the disk is full; what the manifest lists is whole.
+        Stopped: SIGTERM or Ctrl-C came; the samples of the batch that was being drawn are there.
     """
     labels = _chosen(config.classes, transformer.classes)
     if host:
@@ -186,14 +186,23 @@ def generate(
                 f'were trained on, so {folder / LEARNT_FROM_FILE} does not either'
             )
         write_learnt_from(folder, learnt)
-    missing = _from_primary(missing)
+    missing = partitioning.from_primary(missing)
 
-    start, made = time.monotonic(), int(missing.sum())
+    start, left, made = time.monotonic(), int(missing.sum()), 0
     disable = None if is_primary() else True  # None: where there is no terminal
-    with tqdm(total=missing.size, initial=missing.size - made, desc='sampling', unit='sample', disable=disable) as bar:
+    with (
+        tqdm(total=missing.size, initial=missing.size - left, desc='sampling', unit='sample', disable=disable) as bar,
+        stop_requests() as requested,
+    ):
         for label, indices in _batches(labels, missing, sampler.rows):
             add = functools.partial(store.add, label) if store else None
             _draw(sampler, transformer.classes.index(label), indices, add, bar)
+            made += len(indices)
+            if requested():
+                raise Stopped(
+                    f'stopped with {missing.size - left + made} of {missing.size} samples in {folder}; the same '
+                    'command again goes on from there'
+                )
     if store:
         if store.empty:
             print(f'warning: {store.empty} samples have no voxel above config.intensity.background and are all 0')
@@ -359,7 +368,7 @@ def to_intensities(volume: np.ndarray, intensity: ConfigDict) -> tuple[np.ndarra
 
 def _load(config: ConfigDict, folder: Path) -> trained.TrainedTransformer:
     """The model to sample from: of a generation that goes on, at the step that it began with."""
-    begun = int(_from_primary(np.asarray(_step_begun_with(folder) if is_primary() else _NONE)))
+    begun = int(partitioning.from_primary(np.asarray(_step_begun_with(folder) if is_primary() else _NONE)))
     if begun == _NONE:
         return trained.load_transformer(config.transformer_workdir, config.checkpoint, config.vqgan_workdir)
     try:
@@ -437,13 +446,6 @@ def _warn_of_spacing(trained_spacing: Sequence[float] | None, affines: Mapping[s
                 f'warning: the voxels of config.{field} are {there} mm (depth, height, width), the model was trained '
                 f'on {expected} mm: the tumours will have another size'
             )
-
-
-def _from_primary(numbers: np.ndarray) -> np.ndarray:
-    """The primary process's numbers or truth values, on all processes of the run; each gives an array of that shape."""
-    if jax.process_count() == 1:
-        return numbers
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(numbers, np.int32)))
 
 
 def _batches(labels: Sequence[str], missing: np.ndarray, rows: int) -> Iterator[tuple[str, list[int]]]:

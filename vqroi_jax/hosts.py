@@ -5,6 +5,9 @@ Which process of how many this is comes from the command line or from what start
 `jax.distributed`'s: every process sees all devices, and when one is lost, the others end.
 """
 
+import glob
+import http.client
+import importlib.util
 import os
 import re
 import sys
@@ -12,9 +15,15 @@ import time
 
 from vqroi_jax.errors import InputError
 
-ONE_PROCESS = ('prepare', 'demo', 'evaluate')  # tasks that several processes would do twice
+ONE_PROCESS = ('prepare', 'demo', 'evaluate', 'convert', 'plan')  # tasks that several processes would do twice
 HEARTBEAT = 60  # seconds of silence after which a process counts as lost, and the others end
 PATIENCE = 3  # seconds in which the other processes of a run that fails find that themselves, and say why
+
+_TPU_CHIPS = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')  # devices of a machine that has some, older and newer
+# What a Google Cloud machine is told about itself; of a TPU slice, all its hosts.
+_METADATA = 'metadata.google.internal'
+_SLICE_HOSTS = '/computeMetadata/v1/instance/attributes/worker-network-endpoints'
+_METADATA_PATIENCE = 5  # seconds
 
 _EXPLICIT = re.compile(r'(?P<address>[^,\s]+:\d+),(?P<number>\d+),(?P<index>\d+)')
 # What errors of collectives say when another process is gone: XLA's on CPUs (Gloo) and GPUs, and the coordinator's.
@@ -30,13 +39,13 @@ def join(hosts: str, task: str) -> None:
         hosts: 'ADDRESS:PORT,NUMBER,INDEX': where the first process is, how many there are, and which this is; each
             uses all devices that it sees, so there is one a host, or `CUDA_VISIBLE_DEVICES` shares a host's GPUs out;
             'auto': JAX finds out (Cloud TPU pods, SLURM, Open MPI, Kubernetes); 'none': there are no others; empty:
-            'auto' where the environment names several processes, else 'none'.
+            'auto' where the environment or a TPU machine's metadata name several processes, else 'none'.
         task: of the config.
 
     Raises:
         InputError: `hosts` is none of these, the others cannot be found or reached, or the task is for one process.
     """
-    if hosts == 'none' or (not hosts and not _several(os.environ)):
+    if hosts == 'none' or (not hosts and not _several(os.environ) and len(_tpu_hosts()) < 2):
         return
     if task in ONE_PROCESS:
         raise InputError(f'the task {task!r} runs in one process: start a single one, with --hosts=none')
@@ -113,3 +122,26 @@ def _several(environment: os._Environ | dict[str, str]) -> bool:
     hosts = ('TPU_WORKER_HOSTNAMES', 'TPU_PROCESS_ADDRESSES')
     named = ('JAX_COORDINATOR_ADDRESS', 'MEGASCALE_COORDINATOR_ADDRESS')
     return any(',' in environment.get(name, '') for name in hosts) or any(environment.get(name) for name in named)
+
+
+def _has_tpu() -> bool:
+    """Whether JAX would look for TPUs here, and there may be some (starts no backend)."""
+    return importlib.util.find_spec('libtpu') is not None and any(glob.glob(chips) for chips in _TPU_CHIPS)
+
+
+def _tpu_hosts() -> list[str]:
+    """The hosts of the Cloud TPU slice that this machine belongs to; none where there is no such slice.
+
+    A virtual machine with TPUs has nothing of it in its environment, but where JAX is started by Kubernetes.
+    """
+    if not _has_tpu():
+        return []
+    server = http.client.HTTPConnection(os.environ.get('GCE_METADATA_IP', _METADATA), timeout=_METADATA_PATIENCE)
+    try:
+        server.request('GET', _SLICE_HOSTS, headers={'Metadata-Flavor': 'Google'})
+        answer = server.getresponse()
+        return answer.read().decode().split(',') if answer.status == http.HTTPStatus.OK else []
+    except OSError:  # no machine of Google's
+        return []
+    finally:
+        server.close()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import types
@@ -165,7 +166,7 @@ def test_goes_on_as_if_it_had_never_stopped(whole_run, tmp_path):
         def put_batch(batch):
             calls.append(batch)
             if len(calls) == after:
-                loop.signal.raise_signal(loop.signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             return put(batch)
 
         return dataclasses.replace(task, put_batch=put_batch)
@@ -303,9 +304,9 @@ def test_too_little_disk_space_is_told_before_compilation(tmp_path, monkeypatch)
 
 
 def test_signals_are_given_back(tmp_path):
-    handlers = [loop.signal.getsignal(number) for number in (loop.signal.SIGTERM, loop.signal.SIGINT)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     loop.train(make_task(), training_config(), tmp_path)
-    assert [loop.signal.getsignal(number) for number in (loop.signal.SIGTERM, loop.signal.SIGINT)] == handlers
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_sigterm_ends_the_command_with_everything_saved_and_status_0(whole_run, tmp_path):

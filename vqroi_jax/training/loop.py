@@ -9,9 +9,7 @@ import contextlib
 import dataclasses
 import math
 import resource
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +23,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from vqroi_jax.errors import InputError, Stopped
+from vqroi_jax.stopping import stop_requests
 from vqroi_jax.training.checkpoints import Checkpoints, checkpoint_bytes, saved_steps
 from vqroi_jax.training.durations import to_steps
 from vqroi_jax.training.metric_writers import (
@@ -146,7 +145,7 @@ def train(task: TrainingTask, training: ConfigDict, workdir: Path) -> State:
         with (
             MetricWriter(workdir, step) as writer,
             Progress(step, schedule.total) as progress,
-            _stop_requests() as requested,
+            stop_requests() as requested,
         ):
             for problem in problems:
                 progress.message(f'warning: {problem}')
@@ -250,8 +249,8 @@ class _Loop:
     batch_size: int = 0  # of a global batch, known after the first
     clock: _Clock = dataclasses.field(default_factory=_Clock)
 
-    def run(self, requested: Callable[[int], bool]) -> State:
-        """Steps until the end, or until `requested(step)` says to stop."""
+    def run(self, requested: Callable[[], bool]) -> State:
+        """Steps until the end, or until `requested()`, asked after each, says to stop."""
         self._announce()
         if self.step == 0:
             self._draw()
@@ -267,7 +266,7 @@ class _Loop:
                 self.progress.message(f'first step: {self.clock.elapsed():.1f} s, most of it compilation')
                 self.clock.restart()
                 in_flight, first = None, False
-            stop = requested(self.step)
+            stop = requested()
             if stop or self._something_is_due():
                 if in_flight:
                     self._collect(in_flight)
@@ -400,33 +399,6 @@ class _Loop:
 
     def _headline(self, metrics: Metrics) -> Metrics:
         return {name: metrics[name] for name in self.task.headline if name in metrics}
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Turns SIGTERM and the first Ctrl-C into a question the loop asks after every step.
-
-    Of several processes all must stop after the same step: JAX's preemption service catches SIGTERM and agrees on one.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    caught = threading.Event()
-
-    def note(number: int, _: object) -> None:
-        caught.set()
-        signal.signal(number, before[signal.Signals(number)])  # a second Ctrl-C interrupts at once
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda step: caught.is_set()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if caught.is_set():
-        raise Stopped('stopped after the last step; everything is saved')
 
 
 def peak_memory() -> float:

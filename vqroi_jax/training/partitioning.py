@@ -37,9 +37,14 @@ def make_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None 
         devices: to make it of, such as those of a described topology; None: all of this run.
 
     Raises:
-        InputError: there are fewer devices than asked for, several hosts and not all devices in use, or hosts whose
-            rows of the batch would overlap in part.
+        InputError: there are fewer devices than asked for, several hosts that were not joined or of which not all
+            devices are in use, or hosts whose rows of the batch would overlap in part.
     """
+    if devices is None and jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise InputError(
+            f'JAX sees the devices of {jax.process_count()} hosts, but this run was not told of the others: start the '
+            'same command on each, with --hosts=auto or --hosts=ADDRESS:PORT,NUMBER,INDEX'
+        )
     devices = sorted(
         jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
     )
@@ -346,6 +351,13 @@ def gather(tree: Any) -> Any:
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)
+
+
+def from_primary(numbers: np.ndarray) -> np.ndarray:
+    """The primary process's numbers or truth values, on all processes of the run; each gives an array of that shape."""
+    if jax.process_count() == 1:
+        return numbers
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(numbers, np.int32)))
 
 
 def micro_batches(batch: Any, number: int) -> Any:
