@@ -1,10 +1,13 @@
 """Which of several processes this is: what the command line and the environment say, and runs of several."""
 
 import copy
+import http.server
 import pathlib
 import runpy
 import shutil
+import socket
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -24,6 +27,23 @@ SEVERAL = {
     'TPU slices': {'MEGASCALE_COORDINATOR_ADDRESS': 'a:80'},
     'asked of JAX': {'JAX_COORDINATOR_ADDRESS': 'a:80'},
 }
+
+
+ENCODING = """
+import sys
+from vqroi_jax import hosts
+hosts.join(sys.argv[-1].removeprefix('--hosts='), 'transformer')
+import jax
+from vqroi_jax.data import pipeline
+from vqroi_jax.tokens import encode_cohort, find_cohort
+from vqroi_jax.trained import load_vqgan
+from vqroi_jax.training import partitioning
+volume, read = pipeline.RoiSource.volume, []
+pipeline.RoiSource.volume = lambda source, index: read.append(index) or volume(source, index)
+vqgan = load_vqgan(f'{sys.argv[1]}/{jax.process_index()}')
+sources = encode_cohort(vqgan, find_cohort(vqgan, ''), partitioning.make_mesh({'data': -1}))
+print(len(read), sources['train'].tokens.sum())
+"""
 
 
 @pytest.fixture
@@ -67,6 +87,46 @@ def test_several_processes_are_known_by_their_environment(environment, joined, m
 def test_one_process_of_a_cluster_is_alone(environment, joined, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    hosts.join('', 'vqgan')
+    assert joined == []
+
+
+class _Metadata(http.server.BaseHTTPRequestHandler):
+    """What Google's metadata server says on a machine of a slice of so many hosts; None: of none."""
+
+    hosts: int | None = None
+
+    def do_GET(self):
+        known = self.hosts and self.path == '/computeMetadata/v1/instance/attributes/worker-network-endpoints'
+        self.send_response(200 if known and self.headers['Metadata-Flavor'] == 'Google' else 404)
+        self.end_headers()
+        self.wfile.write(','.join(f'unknown:unknown:10.0.0.{host}' for host in range(self.hosts or 1)).encode())
+
+    def log_message(self, *unused):
+        pass
+
+
+@pytest.mark.parametrize(('number', 'together'), [(None, False), (1, False), (4, True)])
+def test_hosts_of_a_tpu_slice_are_known_by_the_metadata(number, together, joined, monkeypatch):
+    monkeypatch.setattr(_Metadata, 'hosts', number)
+    with http.server.HTTPServer(('127.0.0.1', 0), _Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv('GCE_METADATA_IP', f'127.0.0.1:{server.server_port}')
+        hosts.join('', 'vqgan')  # a machine without TPUs does not even ask
+        assert joined == []
+        monkeypatch.setattr(hosts, '_has_tpu', lambda: True)
+        hosts.join('none', 'vqgan')
+        assert joined == []
+        hosts.join('', 'vqgan')
+        server.shutdown()
+    assert joined == [{'heartbeat_timeout_seconds': hosts.HEARTBEAT}] * together
+
+
+def test_a_tpu_without_googles_metadata_is_alone(joined, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(('127.0.0.1', 0))
+        monkeypatch.setenv('GCE_METADATA_IP', f'127.0.0.1:{closed.getsockname()[1]}')
+    monkeypatch.setattr(hosts, '_has_tpu', lambda: True)
     hosts.join('', 'vqgan')
     assert joined == []
 
@@ -205,3 +265,20 @@ def test_stage_2_in_several_processes_is_the_run_of_one(tiny_transformer_config,
     assert 'on 4 cpu device(s)' in output
     assert_same_losses(tmp_path / 'together', tmp_path / 'alone', 1e-3)
     assert (tmp_path / 'together' / 'figures' / 'masking.png').is_file()
+
+
+@pytest.mark.long
+def test_tokens_that_not_all_processes_see_are_made_by_all_each_from_its_own_rois(
+    tiny_vqgan, several_processes, tmp_path
+):
+    for index in range(2):
+        shutil.copytree(tiny_vqgan, tmp_path / str(index), ignore=shutil.ignore_patterns('tokens'))
+    command = [sys.executable, '-c', ENCODING, tmp_path]
+    first = [process.communicate(timeout=900)[0] for process in several_processes(command, 2, 1)]
+    assert [output.splitlines()[-1].split()[0] for output in first] == ['5', '5'], first  # of 6, 2 and 2
+    assert len(list((tmp_path / '0' / 'tokens').iterdir())) == 1  # the primary process has them; the other does not
+    again = [process.communicate(timeout=900)[0] for process in several_processes(command, 2, 1)]
+    assert {output.splitlines()[-1] for output in again} == {first[0].splitlines()[-1]}, again
+    shutil.copytree(tmp_path / '0' / 'tokens', tmp_path / '1' / 'tokens')
+    third = [process.communicate(timeout=900)[0] for process in several_processes(command, 2, 1)]
+    assert [output.splitlines()[-1].split()[0] for output in third] == ['0', '0'], third

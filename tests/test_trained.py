@@ -1,7 +1,9 @@
 """Finished runs in use: tokens kept beside stage 1, and samples that depend on seed, class and index alone."""
 
 import dataclasses
+import errno
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -133,9 +135,37 @@ def test_tokens_are_encoded_once_for_each_checkpoint(tiny_vqgan, monkeypatch):
     monkeypatch.setattr(tokens_module, '_encode', again)
     second = encode_cohort(vqgan, cohort, mesh)
     np.testing.assert_array_equal(second['val'].tokens, first['val'].tokens)
-    moved = dataclasses.replace(vqgan, identity='f' * 16)
-    with pytest.raises(RuntimeError, match='encoded again'):
-        encode_cohort(moved, cohort, mesh)
+    other_voxels = dataclasses.replace(cohort, report=cohort.report | {'key': 'f' * 64})
+    for stage1, rois in (
+        (dataclasses.replace(vqgan, identity='f' * 16), cohort),
+        (dataclasses.replace(vqgan, step=vqgan.step + 1), cohort),
+        (vqgan, other_voxels),
+    ):
+        with pytest.raises(RuntimeError, match='encoded again'):
+            encode_cohort(stage1, rois, mesh)
+
+
+@pytest.mark.parametrize('content', [b'', b'PK torn'], ids=['empty', 'torn'])
+def test_tokens_in_a_damaged_file_are_made_anew(tiny_vqgan, tmp_path, content):
+    vqgan, mesh = load_vqgan(shutil.copytree(tiny_vqgan, tmp_path / 'stage1')), partitioning.make_mesh({'data': 1})
+    cohort = find_cohort(vqgan, '')
+    expected = encode_cohort(vqgan, cohort, mesh)
+    (path,) = (vqgan.workdir / 'tokens').glob(f'step_{vqgan.step}_{vqgan.identity}_{cohort.report["key"][:16]}.npz')
+    path.write_bytes(content)
+    np.testing.assert_array_equal(encode_cohort(vqgan, cohort, mesh)['train'].tokens, expected['train'].tokens)
+    with np.load(path) as stored:
+        np.testing.assert_array_equal(stored['train_tokens'], expected['train'].tokens)
+
+
+def test_tokens_that_cannot_be_kept_are_used_with_a_warning(tiny_vqgan, tmp_path, monkeypatch, capsys):
+    def fail(*unused):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    vqgan, mesh = load_vqgan(shutil.copytree(tiny_vqgan, tmp_path / 'stage1')), partitioning.make_mesh({'data': 1})
+    shutil.rmtree(vqgan.workdir / 'tokens', ignore_errors=True)
+    monkeypatch.setattr(tokens_module, 'write_whole', fail)
+    assert len(encode_cohort(vqgan, find_cohort(vqgan, ''), mesh)['train']) == 6
+    assert 'cannot be written (Read-only file system): the next run will encode' in capsys.readouterr().out
 
 
 def test_views_are_encoded_mirrored_along_every_choice_of_axes(tiny_vqgan, monkeypatch):

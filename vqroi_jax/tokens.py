@@ -6,8 +6,9 @@ A file's name tells the weights and the cohort that it was made from, so another
 """
 
 import dataclasses
-import os
-import tempfile
+import io
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from vqroi_jax.data.pipeline import Batch, PreparedCohort, RoiSource, is_prepared, open_cohort
+from vqroi_jax.data.samples import write_whole
 from vqroi_jax.data.splits import SPLITS
 from vqroi_jax.errors import InputError
 from vqroi_jax.trained import TrainedVQGAN
@@ -86,10 +88,7 @@ def encode_cohort(vqgan: TrainedVQGAN, cohort: PreparedCohort, mesh: Mesh) -> di
     Args:
         vqgan: stage 1.
         cohort: of ROIs of its size.
-        mesh: devices to encode on, each an ROI at a time.
-
-    Raises:
-        InputError: the file cannot be written.
+        mesh: devices to encode on, each an ROI at a time; of several processes each reads its own.
     """
     sources = {name: cohort.split(name) for name in SPLITS}
     arrays = _kept(vqgan, cohort, sources, '', mesh)
@@ -107,9 +106,6 @@ def encode_mirrored(vqgan: TrainedVQGAN, cohort: PreparedCohort, axes: Sequence[
         cohort: of ROIs of its size.
         axes: names of those to mirror along: with k of them an ROI has V = 2**k views, the first of them as it is.
         mesh: devices to encode on, each a view at a time.
-
-    Raises:
-        InputError: the file cannot be written.
     """
     places = tuple(place for place, axis in enumerate(AXES) if axis in axes)
     rois = cohort.split('train')
@@ -137,21 +133,27 @@ class _Views:
 def _kept(
     vqgan: TrainedVQGAN, cohort: PreparedCohort, sources: Mapping[str, RoiSource | _Views], end: str, mesh: Mesh
 ) -> dict[str, np.ndarray]:
-    """`_encode`, from a file if it is there, which is kept otherwise; its name ends in `end`."""
+    """`_encode`, from a file if it is there and whole, which is kept otherwise; its name ends in `end`."""
     path = vqgan.workdir / FOLDER / f'step_{vqgan.step}_{vqgan.identity}_{cohort.report["key"][:16]}{end}.npz'
-    if not path.exists():
-        arrays = _encode(vqgan, sources, mesh)
-        if is_primary():
-            _save(path, arrays)
+    arrays = _read(path)
+    # Encoding takes all processes: where one does not see the file (yet), none uses it.
+    if not partitioning.everywhere(arrays is not None):
+        arrays = None
+    if arrays is not None:
         return arrays
-    with np.load(path) as stored:
-        return dict(stored)
+    arrays = _encode(vqgan, sources, mesh)
+    if is_primary():
+        try:
+            _save(path, arrays)
+        except OSError as error:
+            print(f'warning: {path} cannot be written ({error.strerror}): the next run will encode the cohort again')
+    return arrays
 
 
 def _encode(vqgan: TrainedVQGAN, sources: Mapping[str, RoiSource | _Views], mesh: Mesh) -> dict[str, np.ndarray]:
     """ROI by ROI on each device, so that tokens do not depend on how many there are."""
     variables = jax.device_put(vqgan.variables, partitioning.replicated(mesh))
-    encode = partitioning.on_each_device(vqgan.encode, mesh)
+    encode = partitioning.jit_on_each_device(vqgan.encode, mesh)
     rows, length = partitioning.row_parts(mesh), int(np.prod(vqgan.grid))
     arrays: dict[str, np.ndarray] = {}
     total = sum(map(len, sources.values()))
@@ -160,20 +162,28 @@ def _encode(vqgan: TrainedVQGAN, sources: Mapping[str, RoiSource | _Views], mesh
             parts = [(np.zeros((0, length), np.int32), np.zeros((0, length), np.float32))]
             for start in range(0, len(source), rows):
                 wanted = range(start, min(start + rows, len(source)))
-                volumes = np.stack([source.volume(position) for position in wanted])
-                padded = np.pad(volumes, [(0, rows - len(volumes)), *[(0, 0)] * 4], mode='edge')
-                parts.append(tuple(a[: len(wanted)] for a in partitioning.gather(encode(variables, padded))))
+
+                def read(row: int, source: RoiSource | _Views = source, wanted: range = wanted) -> np.ndarray:
+                    return source.volume(wanted[min(row, len(wanted) - 1)])  # the last one again, if there are too few
+
+                volumes = partitioning.put_rows(read, (rows, *vqgan.roi_size, 1), mesh)
+                parts.append(tuple(a[: len(wanted)] for a in partitioning.gather(encode(variables, (volumes,)))))
                 bar.update(len(wanted))
             tokens, scores = (np.concatenate(part) for part in zip(*parts, strict=True))
             arrays |= {f'{name}_tokens': tokens, f'{name}_scores': scores}
     return arrays
 
 
-def _save(path: Path, arrays: dict[str, Any]) -> None:
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file; None if there is none, or none that can be read."""
     try:
-        path.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix='.npz', delete=False) as file:
-            np.savez(file, **arrays)
-        os.replace(file.name, path)
-    except PermissionError as error:
-        raise InputError(f'{path} cannot be written ({error.strerror}); tokens are kept beside stage 1') from None
+        with np.load(path) as stored:
+            return dict(stored)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _save(path: Path, arrays: dict[str, Any]) -> None:
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_whole(path, content.getvalue())

@@ -100,6 +100,21 @@ def test_several_hosts_use_all_devices_and_share_no_row_in_part():
         partitioning.make_mesh({'data': 3, 'model': 4}, hosts(2, 6))
 
 
+def test_devices_of_hosts_that_were_not_joined_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 4)
+    with pytest.raises(InputError, match=r'JAX sees the devices of 4 hosts.*--hosts=auto'):
+        partitioning.make_mesh({'data': 1})
+
+
+def test_rows_are_read_where_they_are_needed_and_once():
+    read = []
+    mesh = partitioning.make_mesh({'data': 2, 'spatial': 4})
+    rows = partitioning.put_rows(lambda row: read.append(row) or np.full(3, row, np.float32), (4, 3), mesh)
+    np.testing.assert_array_equal(rows, np.arange(4)[:, None] * np.ones(3))
+    assert sorted(read) == [0, 1, 2, 3]
+    assert rows.sharding.is_equivalent_to(partitioning.batch_sharding(mesh), 2)
+
+
 def test_arrays_are_split_by_name_along_model_and_by_size_along_fsdp(monkeypatch):
     monkeypatch.setattr(partitioning, 'FSDP_SMALLEST', 30)
     mesh = partitioning.make_mesh({'data': 2, 'fsdp': 2, 'model': 2})

@@ -289,6 +289,22 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {name: put(name, rows) for name, rows in batch.items()}
 
 
+def put_rows(read: Callable[[int], np.ndarray], shape: tuple[int, ...], mesh: Mesh) -> jax.Array:
+    """A global array, split over the devices, of which each process reads the rows of its own devices alone.
+
+    Args:
+        read: the row of a number.
+        shape: of the array.
+        mesh: that its rows are split over.
+    """
+    read = functools.cache(read)  # devices along `model` and `spatial` have the same rows
+
+    def part(index: Any) -> np.ndarray:
+        return np.stack([read(row) for row in range(*index[0].indices(shape[0]))])
+
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+
+
 def on_each_device(function: Callable, mesh: Mesh) -> Callable:
     """Jits a function so that each device computes its own rows as if it were alone: with the same program and sizes.
 
@@ -358,6 +374,11 @@ def from_primary(numbers: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return numbers
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(numbers, np.int32)))
+
+
+def everywhere(true: bool) -> bool:
+    """Whether something holds on all processes of the run."""
+    return true if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(true))))
 
 
 def micro_batches(batch: Any, number: int) -> Any:
