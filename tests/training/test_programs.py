@@ -15,21 +15,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vqroi_jax
+from vqroi_jax import train_classifier
 from vqroi_jax.decoding import Sampling, drawing_params
 from vqroi_jax.trained import draw_function
-from vqroi_jax.training import partitioning, transformer, vqgan
+from vqroi_jax.training import classifier, optimizers, partitioning, transformer, vqgan
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = Path(vqroi_jax.__file__).parent
 CODES, GRID = 32, (4, 4, 4)
 
-# Products of float32, by the function that they stand in; all others are of bfloat16.
+# Products of float32, by the file and function that they stand in; all others are of bfloat16.
 STAGE1_FLOAT32 = {
-    'nearest_codes': 'which of two near codes is nearer must not depend on rounding',
-    'assign': 'sums of latent vectors that the codebook moves by',
-    '__call__': "LPIPS's heads: weighted sums over channels, one number a place",
+    ('models/quantizer.py', 'nearest_codes'): 'which of two near codes is nearer must not depend on rounding',
+    ('models/quantizer.py', 'assign'): 'sums of latent vectors that the codebook moves by',
+    ('models/perceptual.py', '__call__'): "LPIPS's heads: weighted sums over channels, one number a place",
 }
 # The backward pass of `jax.nn.dot_product_attention` gives the logits' gradient, float32, to its products.
-STAGE2_FLOAT32 = {'__call__': "attention's own backward pass"}
+STAGE2_FLOAT32 = {('models/transformer.py', '__call__'): "attention's own backward pass"}
+CLASSIFIER_FLOAT32 = {
+    ('models/resnet3d.py', '__call__'): 'the head, of means over space: a few numbers a sample',
+    ('augmentation.py', 'draw_change'): 'rotations: places of voxels need their digits',
+    ('augmentation.py', 'apply_change'): 'the same',
+}
 
 
 def config(name, **changes):
@@ -73,6 +81,26 @@ def sampler():
     return draw, ((params, shape(dtype=jnp.uint32)), wanted)
 
 
+def classifying():
+    settings = runpy.run_path(str(ROOT / 'configs' / 'classifier.py'))['get_config']('smoke')
+    settings.dtype = 'bfloat16'
+    recipe = classifier.Recipe(
+        model=train_classifier.make_model(settings, classes=2),
+        optimizer=optimizers.make_optimizer(settings.finetune.optimizer),
+        rate=lambda step: 1e-3,
+        alpha=(1.0, 1.0),
+        gamma=settings.gamma,
+        augment=settings.augment,
+        seed=0,
+    )
+    volume = shape(4, 16, 16, 16, 1, dtype=jnp.float32)
+    variables = jax.eval_shape(recipe.model.init, jax.random.key(0), volume)
+    optimizer = jax.eval_shape(recipe.optimizer.init, variables['params'])
+    state = classifier.ClassifierState(shape(), variables['params'], variables['batch_stats'], optimizer)
+    batch = {'volume': volume, 'label': shape(4)}
+    return classifier.make_train_step(recipe, mesh()), (state, batch)
+
+
 def equations(jaxpr):
     """All equations, those of inner programs included, whichever way they are kept."""
     for equation in jaxpr.eqns:
@@ -85,21 +113,28 @@ def equations(jaxpr):
 
 
 def own_function(equation):
-    """The function of this package, or the method, that an equation comes from."""
-    frames = equation.source_info.traceback.frames
-    return next(f.function_name for f in frames if '/vqroi_jax/' in f.file_name).split('.')[-1]
+    """File and name of the function of this package that an equation comes from."""
+    for frame in equation.source_info.traceback.frames:
+        if PACKAGE in Path(frame.file_name).parents:
+            return Path(frame.file_name).relative_to(PACKAGE).as_posix(), frame.function_name.split('.')[-1]
+    raise AssertionError(f'{equation} comes from elsewhere')
+
+
+def calls_python(equation):
+    """Whether an equation calls back to Python, to compute or to print."""
+    return any(word in equation.primitive.name for word in ('callback', 'debug'))
 
 
 @pytest.mark.parametrize(
     ('make', 'allowed'),
-    [(stage1, STAGE1_FLOAT32), (stage2, STAGE2_FLOAT32), (sampler, {})],
-    ids=['stage 1', 'stage 2', 'sampler'],
+    [(stage1, STAGE1_FLOAT32), (stage2, STAGE2_FLOAT32), (sampler, {}), (classifying, CLASSIFIER_FLOAT32)],
+    ids=['stage 1', 'stage 2', 'sampler', 'classifier'],
 )
 def test_products_are_bfloat16_and_python_is_not_called_back(make, allowed):
     program, arguments = make()
     products: Counter = Counter()
     for equation in equations(program.trace(*arguments).jaxpr.jaxpr):
-        assert 'callback' not in equation.primitive.name
+        assert not calls_python(equation), equation
         if equation.primitive.name in ('dot_general', 'conv_general_dilated'):
             if all(operand.aval.dtype == jnp.bfloat16 for operand in equation.invars[:2]):
                 products['bfloat16'] += 1
@@ -109,7 +144,7 @@ def test_products_are_bfloat16_and_python_is_not_called_back(make, allowed):
     assert products.keys() == allowed.keys()
 
 
-@pytest.mark.parametrize('make', [stage1, stage2], ids=['stage 1', 'stage 2'])
+@pytest.mark.parametrize('make', [stage1, stage2, classifying], ids=['stage 1', 'stage 2', 'classifier'])
 def test_the_whole_state_is_stepped_in_place(make):
     program, arguments = make()
     with warnings.catch_warnings():
@@ -139,6 +174,30 @@ def test_a_step_is_traced_once(monkeypatch):
     assert traces == [1]
 
 
+@pytest.mark.parametrize(
+    ('make', 'module', 'name'),
+    [(stage1, vqgan, 'update'), (stage2, transformer, 'update'), (classifying, classifier, 'loss_and_metrics')],
+    ids=['stage 1', 'stage 2', 'classifier'],
+)
+def test_a_program_is_traced_once_for_its_shapes(make, module, name, monkeypatch):
+    traces, traced = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *arguments: traces.append(1) or traced(*arguments))
+    program, arguments = make()
+    for _ in range(3):
+        program.trace(*arguments)
+    assert traces == [1]
+
+
+def test_stage_1_makes_its_program_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(vqgan, 'jit_step', lambda *arguments: made.append(1) or (lambda *step: step))
+    recipe = vqgan.make_recipe(config('vqgan', perceptual='none'), classes=2, steps_per_epoch=10)
+    step = vqgan.make_train_step(recipe, vqgan.state_shapes(recipe), mesh())
+    for _ in range(3):
+        step(None, {'volume': None, 'label': None})
+    assert made == [1]
+
+
 def test_the_walk_finds_what_it_looks_for():
     """That the first test can fail: float32 products and callbacks are seen within loops and branches."""
 
@@ -147,8 +206,9 @@ def test_the_walk_finds_what_it_looks_for():
             return jax.lax.cond(carry.sum() > 0, lambda c: c @ c, lambda c: c, carry), None
 
         jax.debug.print('{}', x[0, 0])
+        x = jax.pure_callback(lambda x: x, x, x)
         return jax.lax.scan(body, x, None, length=2)[0]
 
-    names = [e.primitive.name for e in equations(jax.jit(leaky).trace(jnp.ones((2, 2))).jaxpr.jaxpr)]
-    assert 'dot_general' in names
-    assert any('callback' in name or 'debug' in name for name in names)
+    found = list(equations(jax.jit(leaky).trace(jnp.ones((2, 2))).jaxpr.jaxpr))
+    assert 'dot_general' in [equation.primitive.name for equation in found]
+    assert sum(map(calls_python, found)) == 2
