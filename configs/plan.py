@@ -31,7 +31,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.task = 'plan'
     config.stage = 'vqgan'  # whose run is planned: 'vqgan', 'transformer' or 'generate'
     # Machine: a TPU topology such as 'v5e:4x4' or 'v5p:2x2x1'; 'cuda:h100' or 'cuda:a100' (one GPU; lowered for it, but
-    # memory and traffic are those of this machine's CPU); or 'cpu' (this machine).
+    # operations, memory and traffic are those of a program for this machine's CPU); or 'cpu' (this machine).
     config.target = 'v5e:4x4'
 
     config.cohort = cohort = ml_collections.ConfigDict()

@@ -231,6 +231,43 @@ def test_the_report_says_what_fits_and_what_does_not():
     figure = plan.draw(found)
     assert figure.axes[0].get_xlabel() == 'GiB of memory'
     assert len(figure.axes) == 2
+    assert figure.texts[0].get_text().endswith(": 1 device, by a CPU's program")
+
+
+def test_a_plan_for_a_gpu_is_lowered_for_it_and_measured_by_the_cpu(tmp_path, monkeypatch):
+    """A bound by memory traffic is none, as that is another program's."""
+    lowered_for = []
+    lower = jax.stages.Traced.lower
+
+    def note(traced, **settings):
+        lowered_for.extend(settings['lowering_platforms'])
+        return lower(traced, **settings)
+
+    monkeypatch.setattr(jax.stages.Traced, 'lower', note)
+    config = tiny_config('transformer')
+    config.target, config.search = 'cuda:a100', False
+    found = plan.make_plan(config, tmp_path)
+    assert lowered_for == ['cuda', 'cpu']
+    (row,) = found['compiled']
+    assert row['least_seconds'].keys() == {'products', 'links'}
+    assert row['estimated_seconds'] is None
+
+
+def test_the_estimate_is_the_compilers_cycles_at_the_chips_clock():
+    config = tiny_config('transformer')
+    config.cohort.rois, config.transformer.training.duration = 30, '60 epochs'
+    made = planner.Planner(config, find_target('cuda:h100'), None)
+    made.target = dataclasses.replace(made.target, platform='tpu', chip=CHIPS['v5e'])
+    cost = Cost(flops=1.0, bytes=819 * GB, cycles=3 * CHIPS['v5e'].clock)
+    memory = dict.fromkeys(('arguments', 'outputs', 'temporaries', 'program', 'aliased'), 0.0)
+    (row,) = plan.describe(made, [planner.Compiled('step', 'none', 6, True, memory, cost, 1.0)], [])['compiled']
+    assert row['estimated_seconds'] == pytest.approx(3)
+    assert row['least_seconds']['memory'] == pytest.approx(1)
+    assert row['run'] == {  # 30 patients in batches of 6, 60 times
+        'steps': 300,
+        'least_days': pytest.approx(300 / 86400),
+        'estimated_days': pytest.approx(900 / 86400),
+    }
 
 
 def test_what_is_small_is_told_in_mib(tmp_path):

@@ -176,8 +176,11 @@ def report(plan: dict[str, Any]) -> str:
     ]
     if loops := max(row['cost']['open_loops'] for row in rows):
         lines.append(f'Up to {loops} loop(s) in each program run until their data say so, and are counted once.')
-    if plan['measured_on'] == 'cpu' and chip:
-        lines.append("Lowered for the GPU; memory and traffic are those of the CPU's program, and differ from a GPU's.")
+    if _borrowed(plan):
+        lines.append(
+            "Lowered for the GPU; operations (of 3D convolutions fewer), memory and traffic are those of the CPU's "
+            "program, and differ from a GPU's."
+        )
     if chip:
         lines.append(
             'Least times are bounds: the longest of what products, memory and links alone would take at the figures '
@@ -202,6 +205,14 @@ def _name(row: dict[str, Any]) -> str:
 
 def _devices(number: int) -> str:
     return '1 device' if number == 1 else f'{number} devices'
+
+
+_OF_A_CPU = ", by a CPU's program"
+
+
+def _borrowed(plan: dict[str, Any]) -> bool:
+    """Whether what is told of a GPU is that of a CPU's program."""
+    return plan['measured_on'] == 'cpu' and bool(plan['chip'])
 
 
 def _unit(rows: list[dict[str, Any]]) -> tuple[float, str]:
@@ -271,7 +282,7 @@ def draw(plan: dict[str, Any]) -> Figure:
     }
     devices = f'one of {plan["chips"]} devices' if plan['chips'] > 1 else '1 device'
     return viz.plan(
-        f'{plan["stage"]} in {plan["dtype"]} on {plan["target"]}: {devices}',
+        f'{plan["stage"]} in {plan["dtype"]} on {plan["target"]}: {devices}' + _OF_A_CPU * _borrowed(plan),
         [_name(row) for row in rows],
         memory,
         plan['memory'] / size,
