@@ -6,6 +6,7 @@ import runpy
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from vqroi_jax import hlo, masking
 from vqroi_jax.errors import InputError
 from vqroi_jax.training import partitioning, transformer
+from vqroi_jax.training.checkpoints import Checkpoints
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'transformer.py'
 CODES, CLASSES, GRID, ROWS = 11, 3, (2, 3, 4), 8
@@ -189,6 +191,10 @@ def test_steps_are_those_of_adamw_with_decay_on_kernels_alone():
         pytest.param({'data': 4, 'model': 2}, {'micro_batches': 2}, marks=pytest.mark.long),
         pytest.param({'fsdp': 2, 'model': 4}, {'model.attention': 'bidirectional'}, marks=pytest.mark.long),
         pytest.param({'data': 4, 'fsdp': 2}, {'loss_on': 'masked'}, marks=pytest.mark.long),
+        pytest.param({'data': 2, 'fsdp': 4}, {}, marks=pytest.mark.long),
+        pytest.param({'data': 2, 'model': 4}, {}, marks=pytest.mark.long),
+        pytest.param({'fsdp': 4, 'model': 2}, {}, marks=pytest.mark.long),
+        pytest.param({'model': 8}, {'model.heads': 8}, marks=pytest.mark.long),
     ],
     ids=str,
 )
@@ -215,6 +221,25 @@ def test_eight_devices_make_the_same_step_as_one(mesh_settings, changes, monkeyp
         assert_trees_close(spread.average, state.average, 1e-5)
         for name in ('loss', 'top1', 'gradient_norm'):
             np.testing.assert_allclose(other[name], metrics[name], rtol=1e-5)
+
+
+def test_a_run_goes_on_in_the_same_bits_on_other_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(partitioning, 'FSDP_SMALLEST', 64)
+    recipe = make_recipe(ema_decay=0.5)
+    meshes = [partitioning.make_mesh(axes) for axes in ({'data': 2, 'fsdp': 2, 'model': 2}, {'fsdp': 8}, {'data': 1})]
+    states = [transformer.create_state(recipe, mesh) for mesh in meshes]
+    saved, _ = transformer.jit_step(recipe, states[0], meshes[0])(
+        states[0], partitioning.put_batch(tokens_and_scores(), meshes[0])
+    )
+    training = ml_collections.ConfigDict({'keep_last': 1, 'keep_best': 0, 'best_metric': '', 'best_mode': 'min'})
+    with Checkpoints(tmp_path, training) as checkpoints:
+        checkpoints.save(1, saved, {}, {})
+        checkpoints.wait()
+        for state in (saved, *states[1:]):
+            restored = checkpoints.restore(state)[0]
+            for there, here, place in zip(*map(jax.tree.leaves, (restored, saved, state)), strict=True):
+                np.testing.assert_array_equal(np.asarray(there), np.asarray(here))
+                assert there.sharding == place.sharding
 
 
 def test_bfloat16_stays_near_and_leaves_parameters_in_float32():

@@ -193,10 +193,35 @@ def on_mesh(state, mesh):
     return jax.device_put(jax.device_get(state), partitioning.state_shardings(state, mesh))
 
 
-def gathered(text):
-    """Shapes of what a compiled program puts together from several devices."""
-    results = re.findall(r'= (.*?) all-gather(?:-start)?\(', text)
-    return {tuple(map(int, shape.split(','))) for result in results for shape in re.findall(r'\[([\d,]+)\]', result)}
+def exchanged(text):
+    """Kinds and shapes of what the devices of a compiled program exchange."""
+    kinds = 'all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast'
+    return {
+        (kind, tuple(map(int, shape.split(','))))
+        for result, kind in re.findall(rf'= (.*?) ({kinds})(?:-start)?\(', text)
+        for shape in re.findall(r'\[([\d,]+)\]', result)
+    }
+
+
+def assert_no_map_is_exchanged(text, parameters, thin, rows, roi_size):
+    """Parameters and what is thin aside, devices exchange halos, and else less than a volume of one channel.
+
+    Args:
+        text: of the compiled step.
+        parameters: shapes.
+        thin: shapes of maps that may be put together.
+        rows: that a device has of the batch.
+        roi_size: depth, height and width.
+    """
+    volume = rows * math.prod(roi_size)
+    for kind, shape in exchanged(text):
+        if kind == 'collective-permute':
+            assert len(shape) == 5, (kind, shape)
+            assert shape[1] <= 3, (kind, shape)  # slices of a halo
+        elif kind in ('all-gather', 'all-reduce'):
+            assert math.prod(shape) < volume or shape in parameters | thin, (kind, shape)
+        else:
+            assert math.prod(shape) < volume // roi_size[0], (kind, shape)
 
 
 def thin_maps(config, rows, parts):
@@ -258,6 +283,10 @@ def same_steps(config, mesh_settings, steps, tolerance):
         pytest.param({'data': 2, 'spatial': 4}, {'perceptual': 'vgg16'}, marks=pytest.mark.long),
         pytest.param({'fsdp': 2, 'spatial': 4}, {'model.remat': 'blocks', 'micro_batches': 2}, marks=pytest.mark.long),
         pytest.param({'data': 2, 'fsdp': 2}, {'perceptual': 'vgg16', 'micro_batches': 2}, marks=pytest.mark.long),
+        pytest.param({'data': 4, 'fsdp': 2}, {}, marks=pytest.mark.long),
+        pytest.param({'data': 2, 'fsdp': 4}, {}, marks=pytest.mark.long),
+        pytest.param({'data': 4, 'spatial': 2}, {}, marks=pytest.mark.long),
+        pytest.param({'fsdp': 4, 'spatial': 2}, {}, marks=pytest.mark.long),
     ],
     ids=str,
 )
@@ -277,9 +306,10 @@ def test_several_devices_equal_one(mesh_settings, changes, monkeypatch):
     spatial = mesh_settings.get('spatial', 1)
     rows = config.batch_size * spatial // math.prod(mesh_settings.values()) // config.micro_batches
     parameters = {leaf.shape for leaf in jax.tree.leaves((state.params, state.discriminator))}
-    for shape in gathered(wide_step.as_text()) - parameters - thin_maps(config, rows, spatial):
-        assert spatial > 1
-        assert np.prod(shape) < rows * np.prod(config.data.roi_size)
+    text, thin = wide_step.as_text(), thin_maps(config, rows, spatial)
+    assert_no_map_is_exchanged(text, parameters, thin, rows, config.data.roi_size)
+    if spatial == 1:
+        assert {shape for kind, shape in exchanged(text) if kind == 'all-gather'} <= parameters
     kernel = wide_state.discriminator_optimizer[1].nu['conv_1']['kernel']
     assert kernel.size == kernel.addressable_shards[0].data.size * mesh_settings.get('fsdp', 1)
 
@@ -295,8 +325,8 @@ def test_256_cubed_trains_in_eight_parts():
     whole, part = (each.memory_analysis().temp_size_in_bytes for each in (step, wide_step))
     print(f'a step needs {whole / 2**30:.2f} GiB on one device, {part / 2**30:.2f} GiB on each of eight')
     assert part < whole / 6
-    volume = math.prod(config.data.roi_size)
-    assert all(math.prod(shape) < volume for shape in gathered(wide_step.as_text()))
+    slices = [shape for kind, shape in exchanged(wide_step.as_text()) if kind != 'collective-permute']
+    assert max(map(math.prod, slices)) < math.prod(config.data.roi_size[1:])  # numbers of one slice of the volume
 
 
 def test_more_parts_than_the_latent_grid_has_slices_are_refused():
