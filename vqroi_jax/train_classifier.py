@@ -197,7 +197,8 @@ def run_arm(
         return json.loads(path.read_text(encoding='utf-8'))
     for stage, part in parts.items():
         sizes = (report.sizes([counted(rois)]) for rois in (part.train, part.validation))
-        print(f'{name}, run {number + 1} of {config.runs}, {stage}: ' + ', validated on '.join(sizes))
+        if is_primary():
+            print(f'{name}, run {number + 1} of {config.runs}, {stage}: ' + ', validated on '.join(sizes))
         weights, recipe = train_stage(config, config.arms[name], number, stage, part, folder / stage, mesh, weights)
     assert weights is not None  # the last stage's
     rows = config.finetune.batch_size
