@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import runpy
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -114,6 +115,31 @@ def test_stopping_and_resuming_is_bit_identical(finished, cohort, tmp_path, monk
         for f in (finished, tmp_path)
     ]
     assert rows[0] == [row for row in rows[1] if set(row) != {'step'}]
+
+
+def test_a_run_does_not_go_on_with_other_rois(finished, cohort, tmp_path):
+    for name in ('checkpoints', 'learnt_from.json'):
+        (tmp_path / name).symlink_to(finished / name)
+    (tmp_path / 'config.json').write_text((finished / 'config.json').read_text())
+    recorded = json.loads((finished / 'training_rois.json').read_text())
+    (tmp_path / 'training_rois.json').write_text(json.dumps({**recorded, 'identity': '0' * 16}))
+    with pytest.raises(
+        InputError, match=r'was started with other ROIs than its cohort has now .* 0000000000000000 then'
+    ):
+        train_vqgan.run(smoke_config(**{'data.path': str(cohort)}), tmp_path)
+
+
+def test_processes_connect_before_one_of_them_prepares(monkeypatch, tmp_path):
+    """The others wait meanwhile, which may take longer than a connection's first try."""
+    done = []
+    monkeypatch.setattr(train_vqgan.jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(train_vqgan.multihost_utils, 'sync_global_devices', done.append)
+    monkeypatch.setattr(
+        train_vqgan, 'prepare', lambda data, folder: done.append('prepare') or SimpleNamespace(folder=tmp_path)
+    )
+    monkeypatch.setattr(train_vqgan.pipeline, 'open_cohort', lambda folder: None)
+    train_vqgan.open_cohort(smoke_config(), tmp_path)
+    assert done == ['cohort wanted', 'prepare', 'cohort prepared']
 
 
 def stopping_after(steps):

@@ -19,8 +19,18 @@ from vqroi_jax import masking, model_card, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.data.learnt_from import LearntFrom
 from vqroi_jax.decoding import UNKNOWN
+from vqroi_jax.errors import InputError
 from vqroi_jax.tokens import TokenSource, encode_cohort, encode_mirrored, find_cohort
-from vqroi_jax.trained import Sampler, Stage1Facts, TrainedVQGAN, check_finished, check_trainable, load_vqgan
+from vqroi_jax.trained import (
+    Sampler,
+    Stage1Facts,
+    TrainedVQGAN,
+    TrainingRois,
+    check_finished,
+    check_trainable,
+    load_vqgan,
+    rois_identity,
+)
 from vqroi_jax.training import loop, partitioning, transformer
 from vqroi_jax.training.checkpoints import saved_steps
 from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
@@ -53,7 +63,7 @@ def train(config: ConfigDict, folder: Path) -> None:
     vqgan = load_vqgan(config.vqgan_workdir, config.vqgan_checkpoint)
     cohort = find_cohort(vqgan, config.data.path)
     rois = cohort.split('train')
-    check_finished(vqgan, config.vqgan_checkpoint, len(rois))
+    check_finished(vqgan, config.vqgan_checkpoint, stage1_rois(vqgan))
     batch = pipeline.Batches(rois, config.batch_size, config.seed, **partitioning.this_process(mesh))
     pipeline.check_classes(rois, cohort.classes)
     loop.Schedule.read(config.training, batch.steps_per_epoch)
@@ -63,7 +73,8 @@ def train(config: ConfigDict, folder: Path) -> None:
             print(partitioning.shardings_table(transformer.state_shapes(recipe), mesh))
         return
     sampler = make_sampler(recipe, vqgan, mesh)
-    facts = Stage1Facts.of(vqgan, cohort.classes, cohort.spacing(), cohort.report['synthetic'])
+    same = rois_identity(cohort.report['scans'])
+    facts = Stage1Facts.of(vqgan, cohort.classes, cohort.spacing(), cohort.report['synthetic'], same)
     if is_primary():
         facts.record(folder)
         LearntFrom.of_scans(cohort.report['scans']).record(folder, begun=bool(saved_steps(folder)))
@@ -81,7 +92,7 @@ def train(config: ConfigDict, folder: Path) -> None:
         )
     describe = model_card.keep(folder, config, cohort, batches.steps_per_epoch, state.params, facts)
     held_out = sources['val']
-    if not len(held_out):
+    if not len(held_out) and is_primary():
         print('warning: no held-out patients, so no validation and no best checkpoint; figures show training ROIs')
     shown = 'val' if len(held_out) else 'train'
     if is_primary():
@@ -100,6 +111,19 @@ def train(config: ConfigDict, folder: Path) -> None:
     loop.train(task, config.training, folder)
     if is_primary():
         viz.save_figure(viz.curves(read_metrics(folder / METRICS_FILE)), folder / 'figures' / 'curves.png')
+
+
+def stage1_rois(vqgan: TrainedVQGAN) -> int | None:
+    """How many ROIs stage 1 was trained on; None if that is not known.
+
+    A run of before this was recorded is asked for its own cohort, which may be gone.
+    """
+    if recorded := TrainingRois.read(vqgan.workdir):
+        return recorded.number
+    try:
+        return len(find_cohort(vqgan, '').split('train'))
+    except InputError:
+        return None
 
 
 def make_evaluation(

@@ -23,7 +23,7 @@ from vqroi_jax.metrics import reconstruction as metrics
 from vqroi_jax.metrics.ssim import ssim
 from vqroi_jax.models import quantizer
 from vqroi_jax.prepare import prepare
-from vqroi_jax.trained import check_trainable
+from vqroi_jax.trained import TrainingRois, check_trainable
 from vqroi_jax.training import loop, partitioning, vqgan
 from vqroi_jax.training.checkpoints import saved_steps
 from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
@@ -64,7 +64,9 @@ def train(config: ConfigDict, folder: Path) -> None:
             print(partitioning.shardings_table(vqgan.state_shapes(recipe), mesh))
         return
     if is_primary():
-        LearntFrom.of_scans(cohort.report['scans']).record(folder, begun=bool(saved_steps(folder)))
+        scans, begun = cohort.report['scans'], bool(saved_steps(folder))
+        LearntFrom.of_scans(scans).record(folder, begun)
+        TrainingRois.of_scans(scans).record(folder, begun)
     state = vqgan.create_state(recipe, mesh)
     if is_primary():
         loop.write_parameters(folder, state.params)
@@ -77,7 +79,7 @@ def train(config: ConfigDict, folder: Path) -> None:
 
     describe = model_card.keep(folder, config, cohort, batches.steps_per_epoch, state.params)
     held_out = cohort.split('val')
-    if not len(held_out):
+    if not len(held_out) and is_primary():
         print('warning: no held-out patients, so no validation and no best checkpoint; figures show training ROIs')
 
     def put_batch(batch):
@@ -109,6 +111,9 @@ def train(config: ConfigDict, folder: Path) -> None:
 
 def open_cohort(config: ConfigDict, folder: Path) -> pipeline.PreparedCohort:
     """The prepared cohort of a training config; of several hosts, the primary prepares it and the others wait."""
+    if jax.process_count() > 1:
+        # The processes' first connection times out within half a minute on CPUs, which preparing may take longer than.
+        multihost_utils.sync_global_devices('cohort wanted')
     if is_primary():
         cohort = prepare(config.data, folder)
         folder = cohort.folder
