@@ -96,6 +96,9 @@ def test_validation_equals_plain_loops_over_the_reconstructions(finished, cohort
     np.testing.assert_allclose(last['val/psnr'], np.mean(psnr), rtol=1e-4)
     np.testing.assert_allclose(last['val/perplexity'], np.exp(-(share * np.log(share)).sum()), rtol=1e-4)
     np.testing.assert_allclose(last['val/live_codes'], np.mean(counts > 0))
+    assert set(last) == set(train_vqgan.evaluated_names(pipeline.open_cohort(cohort)))
+    assert 'val/ssim' in last
+    assert 'ssim' not in train_vqgan.measured((8, 16, 20))  # no room for its window
 
 
 @pytest.mark.parametrize('stop_after', [3, pytest.param(5, marks=pytest.mark.long)])
@@ -172,6 +175,9 @@ def test_one_patient_trains_without_validation(cohort, tmp_path, capsys):
         ({'mesh.data': 1, 'mesh.spatial': 3}, 'mesh.spatial=3 does not divide the 8 depth slices'),
         ({'data.roi_size': (16, 16, 15)}, 'width 15 does not divide by 2'),
         ({'training.duration': 'long'}, 'training.duration'),
+        ({'training.best_metric': 'val/ll'}, 'training.best_metric.* there are val/l1, val/psnr'),
+        ({'codebook.warmup': '8 steps'}, "codebook.warmup='8 steps'.* less than config.training.duration='8 steps'"),
+        ({'seed': -1}, 'config.seed=-1: expected 0 to 2'),
         ({'training.log_every': '0.01 epochs'}, 'training.log_every: .* a smaller batch_size'),
     ],
     ids=str,

@@ -36,6 +36,7 @@ from vqroi_jax.training.checkpoints import saved_steps
 from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
 from vqroi_jax.workdir import is_primary, open_workdir
 
+MEASURED = ('cross_entropy', 'perplexity', 'top1')  # of the held-out patients
 MASKING_FIGURE = 'masking.png'
 
 
@@ -56,6 +57,7 @@ def train(config: ConfigDict, folder: Path) -> None:
     Raises:
         InputError: a setting, stage 1 or the cohort cannot be used; before anything is compiled.
     """
+    transformer.check_settings(config)
     mesh = partitioning.make_mesh(config.mesh)
     transformer.check_mesh(config, mesh)
     partitioning.check_batch('batch_size', config.batch_size, config.micro_batches, mesh)
@@ -66,7 +68,8 @@ def train(config: ConfigDict, folder: Path) -> None:
     check_finished(vqgan, config.vqgan_checkpoint, stage1_rois(vqgan))
     batch = pipeline.Batches(rois, config.batch_size, config.seed, **partitioning.this_process(mesh))
     pipeline.check_classes(rois, cohort.classes)
-    loop.Schedule.read(config.training, batch.steps_per_epoch)
+    evaluated = evaluated_names(cohort)
+    loop.Schedule.read(config.training, batch.steps_per_epoch, evaluated)
     recipe = transformer.make_recipe(config, vqgan.model.codes, len(cohort.classes), vqgan.grid, batch.steps_per_epoch)
     if config.print_shardings:
         if is_primary():
@@ -107,6 +110,7 @@ def train(config: ConfigDict, folder: Path) -> None:
         figures=make_figures(recipe, sampler, sources[shown], cohort),
         describe=describe,
         headline=('loss', 'top1'),
+        evaluated=evaluated,
     )
     loop.train(task, config.training, folder)
     if is_primary():
@@ -124,6 +128,15 @@ def stage1_rois(vqgan: TrainedVQGAN) -> int | None:
         return len(find_cohort(vqgan, '').split('train'))
     except InputError:
         return None
+
+
+def evaluated_names(cohort: pipeline.PreparedCohort) -> tuple[str, ...]:
+    """Names of what is evaluated on a cohort's held-out patients; none if there are none."""
+    held_out = cohort.split('val')
+    if not len(held_out):
+        return ()
+    ends = ('', *(f'/{cohort.classes[number]}' for number in np.unique(held_out.labels)))
+    return tuple(f'val/{name}{end}' for end in ends for name in MEASURED)
 
 
 def make_evaluation(
@@ -155,11 +168,8 @@ def make_evaluation(
 
     def figures(total: dict[str, np.ndarray], end: str) -> dict[str, float]:
         cross_entropy = float(total['cross_entropy'] / max(total['counted'], 1.0))
-        return {
-            f'val/cross_entropy{end}': cross_entropy,
-            f'val/perplexity{end}': float(np.exp(cross_entropy)),
-            f'val/top1{end}': float(total['right'] / max(total['corrupted'], 1.0)),
-        }
+        values = cross_entropy, float(np.exp(cross_entropy)), float(total['right'] / max(total['corrupted'], 1.0))
+        return {f'val/{name}{end}': value for name, value in zip(MEASURED, values, strict=True)}
 
     def evaluate(state: transformer.TransformerState) -> dict[str, float]:
         params = transformer.evaluation_params(state)
