@@ -162,6 +162,15 @@ def test_cached_sampling_equals_recomputing_everything(sampling):
     assert tokens.max() < CODES
 
 
+@pytest.mark.parametrize('length', [1, 3])
+def test_sequences_shorter_than_the_caches_segments_are_drawn(length):
+    keys, labels = keys_and_labels()
+    given = np.full((ROWS, LENGTH), UNKNOWN, np.int32)
+    expected = autoregressive(keys, labels, given, Sampling(temperature=0.0))[:, :length]
+    drawn = autoregressive(keys, labels, given[:, :length], Sampling(temperature=0.0))
+    np.testing.assert_array_equal(drawn, expected)
+
+
 def test_given_tokens_stay_and_tell_later_ones_only():
     keys, labels = keys_and_labels()
     free = autoregressive(keys, labels, NOTHING, Sampling())

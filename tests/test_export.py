@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import zipfile
+import zipimport
 from pathlib import Path
 
 import jax
@@ -183,3 +184,17 @@ def test_weights_that_python_could_not_import_from_are_refused(tiny_transformer,
     with pytest.raises(InputError, match='GiB of weights; Python imports from files of up to'):
         export.export(trained, settings(trained), ('cpu',), tmp_path / 'generator.zip')
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason='newer ones read the 64-bit form; users of the file may not')
+def test_python_imports_from_no_archive_that_zipfile_would_write_in_its_64_bit_form(tmp_path, monkeypatch):
+    assert export._LARGEST < zipfile.ZIP64_LIMIT
+    weights = {'tokens': {name: np.zeros(100) for name in 'ab'}}
+    for name, limit, found in (('plain.zip', zipfile.ZIP64_LIMIT, True), ('large.zip', 1000, False)):
+        monkeypatch.setattr(zipfile, 'ZIP64_LIMIT', limit)
+        export._write(tmp_path / name, {'generator.py': b''}, weights)
+        try:
+            spec = zipimport.zipimporter(str(tmp_path / name)).find_spec('generator')
+        except zipimport.ZipImportError:
+            spec = None
+        assert (spec is not None) == found

@@ -445,6 +445,11 @@ def test_custom_strategies_are_found(way, monkeypatch):
     np.testing.assert_array_equal(result.tokens, np.where(result.roles, CODES, 0))
 
 
+@pytest.mark.parametrize('strategy', ['random', 'random_ratio', 'block'])
+def test_strategies_do_not_mind_what_they_do_not_use(strategy):
+    dataclasses.replace(DEFAULT, strategy=strategy, top_k=0.001, block=1).check()
+
+
 def test_earlier_marks_win():
     tokens = jnp.arange(6)
     marks = jnp.tri(4, 6, dtype=bool)  # of token 0 all four, of token 3 the last alone

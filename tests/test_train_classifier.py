@@ -268,6 +268,8 @@ def test_weights_that_know_held_out_patients_or_another_network_are_refused(tran
     [
         (['--config.real='], 'config.real is empty'),
         (['--config.fake='], 'the arm synthetic wants synthetic ROIs'),
+        (['--config.pretrain.training.best_metric=val/auc'], "'val/auc' is not evaluated; there are val/loss, val/acc"),
+        (['--config.finetune.optimizer.learning_rate=0.0'], 'config.finetune.optimizer.learning_rate=0.0: expected mo'),
         (['--config.runs=1'], 'config.runs=1: at least 2'),
         (['--config.baseline=none'], "config.baseline='none' is none of real_only, synthetic"),
         (['--config.validation=0.6'], 'expected a share above 0 and under 1 / config.runs'),

@@ -52,6 +52,7 @@ def test_validation_equals_plain_loops_over_held_out_patients(tiny_transformer, 
     for label in ('LGG', 'HGG'):
         np.testing.assert_allclose(last[f'val/cross_entropy/{label}'], np.mean(losses[label]), rtol=1e-4)
         np.testing.assert_allclose(last[f'val/top1/{label}'], np.mean(right[label]), rtol=1e-4, atol=1e-6)
+    assert set(last) == set(train_transformer.evaluated_names(find_cohort(vqgan, '')))
     everything = np.concatenate([*losses['LGG'], *losses['HGG']])
     np.testing.assert_allclose(last['val/cross_entropy'], everything.mean(), rtol=1e-4)
     np.testing.assert_allclose(last['val/perplexity'], np.exp(everything.mean()), rtol=1e-4)
@@ -140,6 +141,8 @@ def test_shardings_are_printed_and_nothing_is_trained(tiny_transformer_config, t
         ({'vqgan_checkpoint': 'newest'}, "checkpoint 'newest': expected 'latest', 'best' or the number of a step"),
         ({'data.path': '/nowhere'}, '/nowhere holds no prepared cohort'),
         ({'batch_size': 5}, 'batch_size=5 does not divide by 2 device'),
+        ({'training.best_metric': 'val/top2'}, 'training.best_metric.* there are val/cross_entropy, val/perplexity'),
+        ({'seed': 2**32}, 'config.seed=4294967296: expected 0 to 2'),
         ({'mesh.model': -1, 'mesh.data': 1}, 'config.model.heads=2 does not divide by config.mesh.model=8'),
         ({'masking.strategy': 'nobody'}, "config.masking.strategy='nobody'"),
         ({'sampling.top_k': 33}, 'sampling.top_k=33: expected 0 .off. to 32'),

@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import runpy
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -95,6 +96,9 @@ def test_validation_equals_plain_loops_over_the_reconstructions(finished, cohort
     np.testing.assert_allclose(last['val/psnr'], np.mean(psnr), rtol=1e-4)
     np.testing.assert_allclose(last['val/perplexity'], np.exp(-(share * np.log(share)).sum()), rtol=1e-4)
     np.testing.assert_allclose(last['val/live_codes'], np.mean(counts > 0))
+    assert set(last) == set(train_vqgan.evaluated_names(pipeline.open_cohort(cohort)))
+    assert 'val/ssim' in last
+    assert 'ssim' not in train_vqgan.measured((8, 16, 20))  # no room for its window
 
 
 @pytest.mark.parametrize('stop_after', [3, pytest.param(5, marks=pytest.mark.long)])
@@ -114,6 +118,31 @@ def test_stopping_and_resuming_is_bit_identical(finished, cohort, tmp_path, monk
         for f in (finished, tmp_path)
     ]
     assert rows[0] == [row for row in rows[1] if set(row) != {'step'}]
+
+
+def test_a_run_does_not_go_on_with_other_rois(finished, cohort, tmp_path):
+    for name in ('checkpoints', 'learnt_from.json'):
+        (tmp_path / name).symlink_to(finished / name)
+    (tmp_path / 'config.json').write_text((finished / 'config.json').read_text())
+    recorded = json.loads((finished / 'training_rois.json').read_text())
+    (tmp_path / 'training_rois.json').write_text(json.dumps({**recorded, 'identity': '0' * 16}))
+    with pytest.raises(
+        InputError, match=r'was started with other ROIs than its cohort has now .* 0000000000000000 then'
+    ):
+        train_vqgan.run(smoke_config(**{'data.path': str(cohort)}), tmp_path)
+
+
+def test_processes_connect_before_one_of_them_prepares(monkeypatch, tmp_path):
+    """The others wait meanwhile, which may take longer than a connection's first try."""
+    done = []
+    monkeypatch.setattr(train_vqgan.jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(train_vqgan.multihost_utils, 'sync_global_devices', done.append)
+    monkeypatch.setattr(
+        train_vqgan, 'prepare', lambda data, folder: done.append('prepare') or SimpleNamespace(folder=tmp_path)
+    )
+    monkeypatch.setattr(train_vqgan.pipeline, 'open_cohort', lambda folder: None)
+    train_vqgan.open_cohort(smoke_config(), tmp_path)
+    assert done == ['cohort wanted', 'prepare', 'cohort prepared']
 
 
 def stopping_after(steps):
@@ -146,6 +175,9 @@ def test_one_patient_trains_without_validation(cohort, tmp_path, capsys):
         ({'mesh.data': 1, 'mesh.spatial': 3}, 'mesh.spatial=3 does not divide the 8 depth slices'),
         ({'data.roi_size': (16, 16, 15)}, 'width 15 does not divide by 2'),
         ({'training.duration': 'long'}, 'training.duration'),
+        ({'training.best_metric': 'val/ll'}, 'training.best_metric.* there are val/l1, val/psnr'),
+        ({'codebook.warmup': '8 steps'}, "codebook.warmup='8 steps'.* less than config.training.duration='8 steps'"),
+        ({'seed': -1}, 'config.seed=-1: expected 0 to 2'),
         ({'training.log_every': '0.01 epochs'}, 'training.log_every: .* a smaller batch_size'),
     ],
     ids=str,

@@ -9,12 +9,19 @@ import jax
 import numpy as np
 import pytest
 
-from vqroi_jax import decoding
+from vqroi_jax import decoding, train_transformer
 from vqroi_jax import tokens as tokens_module
 from vqroi_jax.decoding import UNKNOWN
 from vqroi_jax.errors import InputError
 from vqroi_jax.tokens import encode_cohort, encode_mirrored, find_cohort
-from vqroi_jax.trained import load_transformer, load_vqgan
+from vqroi_jax.trained import (
+    Stage1Facts,
+    TrainingRois,
+    check_finished,
+    load_transformer,
+    load_vqgan,
+    rois_identity,
+)
 from vqroi_jax.training import partitioning
 
 
@@ -224,3 +231,70 @@ def test_runs_say_from_whom_they_have_learnt(trained, tiny_vqgan, tmp_path):
     stage1 = dataclasses.replace(trained.vqgan, workdir=tmp_path)
     assert dataclasses.replace(trained, workdir=tmp_path).learnt_from is None
     assert dataclasses.replace(trained, vqgan=stage1).learnt_from is None
+
+
+def test_epochs_of_stage_1_are_those_of_its_own_rois(tiny_vqgan, tmp_path):
+    vqgan = load_vqgan(tiny_vqgan)
+    config = vqgan.config.copy_and_resolve_references().unlock()
+    config.training.duration = '1.3333 epochs'  # of 6 ROIs, 2 a step: the 4 steps that were made
+    vqgan = dataclasses.replace(vqgan, config=config)
+    assert train_transformer.stage1_rois(vqgan) == 6
+    check_finished(vqgan, 'latest', 6)
+    with pytest.raises(InputError, match=r'unfinished \(step 4 of 6\)'):
+        check_finished(vqgan, 'latest', 9)
+    with pytest.raises(
+        InputError, match=r'for 1.3333 epochs, and how many ROIs .* not known: if step 4 is its end, take'
+    ):
+        check_finished(vqgan, 'best', None)
+    check_finished(vqgan, '4', None)
+
+    (tmp_path / 'cohort').symlink_to(tiny_vqgan / 'cohort')
+    older = dataclasses.replace(vqgan, workdir=tmp_path)  # of before it was recorded
+    assert train_transformer.stage1_rois(older) == 6
+    (tmp_path / 'cohort').unlink()
+    assert train_transformer.stage1_rois(older) is None
+    (tmp_path / 'training_rois.json').write_text('{"number": 9, "identity": ""}')
+    assert train_transformer.stage1_rois(older) == 9
+
+
+def test_a_run_goes_on_with_the_rois_that_it_began_with(tmp_path):
+    scan = {
+        'id': 'a',
+        'patient': 'A',
+        'label': 'LGG',
+        'split': 'train',
+        'range': [0.0, 1.0],
+        'sha256': '00',
+        'image': '/x',
+    }
+    rois = TrainingRois.of_scans([scan, {**scan, 'id': 'b', 'split': 'val'}])
+    assert rois.number == 1
+    rois.record(tmp_path, begun=True)  # of before there was the file: nothing is known
+    assert TrainingRois.read(tmp_path) is None
+    TrainingRois.of_scans([scan]).record(tmp_path, begun=False)
+    rois.record(tmp_path, begun=False)  # nothing was learnt of the others
+    assert TrainingRois.read(tmp_path) == rois
+    moved = {**scan, 'image': '/y'}
+    TrainingRois.of_scans([{**scan, 'id': 'b', 'split': 'val'}, moved]).record(tmp_path, begun=True)
+    for change in ({'sha256': '01'}, {'split': 'test'}, {'label': 'HGG'}):
+        with pytest.raises(InputError, match='was started with other ROIs'):
+            TrainingRois.of_scans([{**scan, **change}, {**scan, 'id': 'b', 'split': 'val'}]).record(
+                tmp_path, begun=True
+            )
+    (tmp_path / 'training_rois.json').write_text('[]')
+    with pytest.raises(InputError, match=r'training_rois.json is damaged'):
+        TrainingRois.read(tmp_path)
+
+
+def test_stage_2_does_not_go_on_with_other_rois(tiny_transformer, tiny_vqgan, tmp_path):
+    facts = Stage1Facts.read(tiny_transformer)
+    scans = json.loads((tiny_vqgan / 'cohort' / 'cohort.json').read_text())['scans']
+    assert facts.rois == rois_identity(scans) == rois_identity(scans[::-1]) != rois_identity(scans[1:])
+    facts.record(tmp_path)
+    with pytest.raises(InputError, match=rf'another stage 1 or cohort \(rois {facts.rois} then, other now\)'):
+        dataclasses.replace(facts, rois='other').record(tmp_path)
+    plain = json.loads((tmp_path / 'stage1.json').read_text())
+    del plain['rois']  # a run of before they were recorded
+    (tmp_path / 'stage1.json').write_text(json.dumps(plain))
+    facts.record(tmp_path)
+    assert Stage1Facts.read(tmp_path).rois == ''

@@ -219,6 +219,23 @@ def test_a_run_that_left_nothing_may_be_mended(tmp_path):
         pass
 
 
+def test_a_run_that_was_cut_off_before_it_left_anything_may_be_mended(tmp_path):
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), open_workdir(tmp_path, make_config()):
+            raise error
+        assert not (tmp_path / 'config.json').exists()
+
+
+def test_prepared_rois_alone_are_no_run(tmp_path):
+    config = make_config()
+    config.print_shardings = True
+    with open_workdir(tmp_path, config):
+        (tmp_path / 'cohort').mkdir()
+        (tmp_path / 'cohort' / 'cohort.json').touch()
+    with open_workdir(tmp_path, make_config(seed=1)):
+        pass
+
+
 def raise_later(result):
     result.write_text('kept')
     raise InputError('later')

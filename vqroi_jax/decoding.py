@@ -224,7 +224,7 @@ def autoregressive(
 
     carry = conditions, [(empty, empty)] * model.layers, jnp.zeros_like(given)
     bounds = [length * number // _SEGMENTS for number in range(_SEGMENTS + 1)]
-    for begin, end in itertools.pairwise(bounds):
+    for begin, end in itertools.pairwise(sorted(set(bounds))):  # fewer tokens than segments leave some empty
         ids, caches, tokens = carry
         caches = jax.tree.map(lambda c, n=end - begin: jnp.pad(c, ((0, 0), (0, 0), (0, n), (0, 0))), caches)
         carry = jax.lax.fori_loop(begin, end, one_position, (ids, caches, tokens))

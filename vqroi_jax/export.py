@@ -35,7 +35,8 @@ README = 'README.txt'
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 FORMAT = 1  # of the file
 
-_LARGEST = 2**32 - 2**24  # bytes that Python imports from: zip archives without the 64-bit extension
+# Bytes that Python imports from: zip archives without the 64-bit extension, which is written from 2 GiB on.
+_LARGEST = 2**31 - 2**24
 _DISK_RESERVE = 2**24  # bytes, for what is small
 _DECODER = ('decoder', 'post_quantisation')  # what stage 1 decodes with, beside the codebook
 

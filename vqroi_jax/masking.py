@@ -116,14 +116,14 @@ class Settings:
                 raise _refusal(self, field, f'choose one of {", ".join(map(str, known))}')
         if not 0 <= self.ratio <= 1 or self.corrupted < 1:
             raise _refusal(self, 'ratio', f'expected a share from {_least_share(1, self.length)} (one token) to 1')
-        if not 0 <= self.top_k <= 1 or (self.top_k > 0 and not self.candidates):
-            raise _refusal(self, 'top_k', f'expected 0 (random codes alone), or {_least_share(1, self.length)} to 1')
         if self.strategy == 'block' and not 1 <= self.block <= min(self.grid):
             raise _refusal(self, 'block', f'expected a side of 1 to {min(self.grid)} tokens')
         if self.strategy == 'hybrid':
             self._check_hybrid()
 
     def _check_hybrid(self) -> None:
+        if not 0 <= self.top_k <= 1 or (self.top_k > 0 and not self.candidates):
+            raise _refusal(self, 'top_k', f'expected 0 (random codes alone), or {_least_share(1, self.length)} to 1')
         if min(self.grid[0], self.grid[-1]) < 2:
             raise InputError(f'config.masking.strategy: a grid of {self.grid} tokens has no neighbours along an axis')
         between_links = self.length - 2 * (self.grid[0] - 1)

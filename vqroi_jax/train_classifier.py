@@ -37,6 +37,7 @@ RESULT_FILE = 'result.json'  # of a part
 SETS_FILE = 'sets.json'  # which ROIs the parts were begun with
 FORMAT = 1
 STAGES = ('pretrain', 'finetune')
+EVALUATED = ('val/loss', 'val/accuracy')
 
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
@@ -51,7 +52,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             for (name, _), run_parts in parts.items():
                 check_disjoint(test, run_parts, starts[name])
                 for stage, part in run_parts.items():
-                    loop.Schedule.read(config[stage].training, len(part.train) / config[stage].batch_size)
+                    loop.Schedule.read(config[stage].training, len(part.train) / config[stage].batch_size, EVALUATED)
             origin = provenance(test, parts.values())
             if is_primary():
                 keep_sets(sets, folder)
@@ -148,6 +149,7 @@ def check_settings(config: ConfigDict) -> Mesh:
             )
     mesh = partitioning.make_mesh(config.mesh)
     for stage in STAGES:
+        optimizers.check(config[stage].optimizer, f'config.{stage}.optimizer')
         partitioning.check_batch(f'{stage}.batch_size', config[stage].batch_size, 1, mesh)
     return mesh
 
@@ -197,7 +199,8 @@ def run_arm(
         return json.loads(path.read_text(encoding='utf-8'))
     for stage, part in parts.items():
         sizes = (report.sizes([counted(rois)]) for rois in (part.train, part.validation))
-        print(f'{name}, run {number + 1} of {config.runs}, {stage}: ' + ', validated on '.join(sizes))
+        if is_primary():
+            print(f'{name}, run {number + 1} of {config.runs}, {stage}: ' + ', validated on '.join(sizes))
         weights, recipe = train_stage(config, config.arms[name], number, stage, part, folder / stage, mesh, weights)
     assert weights is not None  # the last stage's
     rows = config.finetune.batch_size
@@ -276,6 +279,7 @@ def train_stage(
             put_batch=lambda batch: partitioning.put_batch({name: batch[name] for name in ('volume', 'label')}, mesh),
             evaluate=make_evaluation(recipe, part.validation, settings.batch_size, mesh),
             headline=('loss', 'accuracy'),
+            evaluated=EVALUATED,
         )
         loop.train(task, settings.training, folder)
     step, best = read_checkpoint(folder, ('params', 'statistics'), 'best')
@@ -309,7 +313,7 @@ def make_evaluation(
         logits = logits_on(state.params, state.statistics, rois)
         loss = losses.focal(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(recipe.alpha), recipe.gamma)
         accuracy = np.mean(np.argmax(logits, axis=1) == labels)
-        return {'val/loss': float(loss.mean()), 'val/accuracy': float(accuracy)}
+        return dict(zip(EVALUATED, (float(loss.mean()), float(accuracy)), strict=True))
 
     return evaluate
 

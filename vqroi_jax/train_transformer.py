@@ -19,13 +19,24 @@ from vqroi_jax import masking, model_card, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.data.learnt_from import LearntFrom
 from vqroi_jax.decoding import UNKNOWN
+from vqroi_jax.errors import InputError
 from vqroi_jax.tokens import TokenSource, encode_cohort, encode_mirrored, find_cohort
-from vqroi_jax.trained import Sampler, Stage1Facts, TrainedVQGAN, check_finished, check_trainable, load_vqgan
+from vqroi_jax.trained import (
+    Sampler,
+    Stage1Facts,
+    TrainedVQGAN,
+    TrainingRois,
+    check_finished,
+    check_trainable,
+    load_vqgan,
+    rois_identity,
+)
 from vqroi_jax.training import loop, partitioning, transformer
 from vqroi_jax.training.checkpoints import saved_steps
 from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
 from vqroi_jax.workdir import is_primary, open_workdir
 
+MEASURED = ('cross_entropy', 'perplexity', 'top1')  # of the held-out patients
 MASKING_FIGURE = 'masking.png'
 
 
@@ -46,6 +57,7 @@ def train(config: ConfigDict, folder: Path) -> None:
     Raises:
         InputError: a setting, stage 1 or the cohort cannot be used; before anything is compiled.
     """
+    transformer.check_settings(config)
     mesh = partitioning.make_mesh(config.mesh)
     transformer.check_mesh(config, mesh)
     partitioning.check_batch('batch_size', config.batch_size, config.micro_batches, mesh)
@@ -53,17 +65,19 @@ def train(config: ConfigDict, folder: Path) -> None:
     vqgan = load_vqgan(config.vqgan_workdir, config.vqgan_checkpoint)
     cohort = find_cohort(vqgan, config.data.path)
     rois = cohort.split('train')
-    check_finished(vqgan, config.vqgan_checkpoint, len(rois))
+    check_finished(vqgan, config.vqgan_checkpoint, stage1_rois(vqgan))
     batch = pipeline.Batches(rois, config.batch_size, config.seed, **partitioning.this_process(mesh))
     pipeline.check_classes(rois, cohort.classes)
-    loop.Schedule.read(config.training, batch.steps_per_epoch)
+    evaluated = evaluated_names(cohort)
+    loop.Schedule.read(config.training, batch.steps_per_epoch, evaluated)
     recipe = transformer.make_recipe(config, vqgan.model.codes, len(cohort.classes), vqgan.grid, batch.steps_per_epoch)
     if config.print_shardings:
         if is_primary():
             print(partitioning.shardings_table(transformer.state_shapes(recipe), mesh))
         return
     sampler = make_sampler(recipe, vqgan, mesh)
-    facts = Stage1Facts.of(vqgan, cohort.classes, cohort.spacing(), cohort.report['synthetic'])
+    same = rois_identity(cohort.report['scans'])
+    facts = Stage1Facts.of(vqgan, cohort.classes, cohort.spacing(), cohort.report['synthetic'], same)
     if is_primary():
         facts.record(folder)
         LearntFrom.of_scans(cohort.report['scans']).record(folder, begun=bool(saved_steps(folder)))
@@ -81,7 +95,7 @@ def train(config: ConfigDict, folder: Path) -> None:
         )
     describe = model_card.keep(folder, config, cohort, batches.steps_per_epoch, state.params, facts)
     held_out = sources['val']
-    if not len(held_out):
+    if not len(held_out) and is_primary():
         print('warning: no held-out patients, so no validation and no best checkpoint; figures show training ROIs')
     shown = 'val' if len(held_out) else 'train'
     if is_primary():
@@ -96,10 +110,33 @@ def train(config: ConfigDict, folder: Path) -> None:
         figures=make_figures(recipe, sampler, sources[shown], cohort),
         describe=describe,
         headline=('loss', 'top1'),
+        evaluated=evaluated,
     )
     loop.train(task, config.training, folder)
     if is_primary():
         viz.save_figure(viz.curves(read_metrics(folder / METRICS_FILE)), folder / 'figures' / 'curves.png')
+
+
+def stage1_rois(vqgan: TrainedVQGAN) -> int | None:
+    """How many ROIs stage 1 was trained on; None if that is not known.
+
+    A run of before this was recorded is asked for its own cohort, which may be gone.
+    """
+    if recorded := TrainingRois.read(vqgan.workdir):
+        return recorded.number
+    try:
+        return len(find_cohort(vqgan, '').split('train'))
+    except InputError:
+        return None
+
+
+def evaluated_names(cohort: pipeline.PreparedCohort) -> tuple[str, ...]:
+    """Names of what is evaluated on a cohort's held-out patients; none if there are none."""
+    held_out = cohort.split('val')
+    if not len(held_out):
+        return ()
+    ends = ('', *(f'/{cohort.classes[number]}' for number in np.unique(held_out.labels)))
+    return tuple(f'val/{name}{end}' for end in ends for name in MEASURED)
 
 
 def make_evaluation(
@@ -131,11 +168,8 @@ def make_evaluation(
 
     def figures(total: dict[str, np.ndarray], end: str) -> dict[str, float]:
         cross_entropy = float(total['cross_entropy'] / max(total['counted'], 1.0))
-        return {
-            f'val/cross_entropy{end}': cross_entropy,
-            f'val/perplexity{end}': float(np.exp(cross_entropy)),
-            f'val/top1{end}': float(total['right'] / max(total['corrupted'], 1.0)),
-        }
+        values = cross_entropy, float(np.exp(cross_entropy)), float(total['right'] / max(total['corrupted'], 1.0))
+        return {f'val/{name}{end}': value for name, value in zip(MEASURED, values, strict=True)}
 
     def evaluate(state: transformer.TransformerState) -> dict[str, float]:
         params = transformer.evaluation_params(state)

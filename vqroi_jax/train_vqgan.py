@@ -3,7 +3,7 @@
 cohort -> prepared ROIs -> batches -> [the loop: step, validation, figures, checkpoints] -> a run's folder
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,15 +20,16 @@ from vqroi_jax import model_card, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.data.learnt_from import LearntFrom
 from vqroi_jax.metrics import reconstruction as metrics
-from vqroi_jax.metrics.ssim import ssim
+from vqroi_jax.metrics.ssim import scales, ssim
 from vqroi_jax.models import quantizer
 from vqroi_jax.prepare import prepare
-from vqroi_jax.trained import check_trainable
+from vqroi_jax.trained import TrainingRois, check_trainable
 from vqroi_jax.training import loop, partitioning, vqgan
 from vqroi_jax.training.checkpoints import saved_steps
 from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
-from vqroi_jax.workdir import is_primary, open_workdir
+from vqroi_jax.workdir import COHORT_FOLDER, is_primary, open_workdir
 
+MEASURED = ('l1', 'psnr', 'psnr_box', 'ssim', 'accuracy')  # of each held-out ROI
 COLLAPSED = 0.02  # share of the codes: a perplexity below it is a codebook that has collapsed
 
 
@@ -49,22 +50,25 @@ def train(config: ConfigDict, folder: Path) -> None:
     Raises:
         InputError: a setting or the cohort cannot be used; before anything is compiled.
     """
-    vqgan.check_sizes(config)
+    vqgan.check_settings(config)
     mesh = partitioning.make_mesh(config.mesh)
     vqgan.check_mesh(config, mesh)
     partitioning.check_batch('batch_size', config.batch_size, config.micro_batches, mesh)
     partitioning.check_batch('eval_batch_size', config.eval_batch_size, 1, mesh)
-    cohort = open_cohort(config, folder / 'cohort')
+    cohort = open_cohort(config, folder / COHORT_FOLDER)
     batches = pipeline.Batches(cohort.split('train'), config.batch_size, config.seed, **partitioning.this_process(mesh))
     pipeline.check_classes(cohort.split('train'), cohort.classes)
-    loop.Schedule.read(config.training, batches.steps_per_epoch)
+    evaluated = evaluated_names(cohort)
+    loop.Schedule.read(config.training, batches.steps_per_epoch, evaluated)
     recipe = vqgan.make_recipe(config, len(cohort.classes), batches.steps_per_epoch)
     if config.print_shardings:
         if is_primary():
             print(partitioning.shardings_table(vqgan.state_shapes(recipe), mesh))
         return
     if is_primary():
-        LearntFrom.of_scans(cohort.report['scans']).record(folder, begun=bool(saved_steps(folder)))
+        scans, begun = cohort.report['scans'], bool(saved_steps(folder))
+        LearntFrom.of_scans(scans).record(folder, begun)
+        TrainingRois.of_scans(scans).record(folder, begun)
     state = vqgan.create_state(recipe, mesh)
     if is_primary():
         loop.write_parameters(folder, state.params)
@@ -77,7 +81,7 @@ def train(config: ConfigDict, folder: Path) -> None:
 
     describe = model_card.keep(folder, config, cohort, batches.steps_per_epoch, state.params)
     held_out = cohort.split('val')
-    if not len(held_out):
+    if not len(held_out) and is_primary():
         print('warning: no held-out patients, so no validation and no best checkpoint; figures show training ROIs')
 
     def put_batch(batch):
@@ -101,6 +105,7 @@ def train(config: ConfigDict, folder: Path) -> None:
         describe=describe,
         warn=lambda metrics: _codebook_warnings(metrics, config.codebook.codes),
         headline=('loss', 'l1', 'perplexity'),
+        evaluated=evaluated,
     )
     loop.train(task, config.training, folder)
     if is_primary():
@@ -109,6 +114,9 @@ def train(config: ConfigDict, folder: Path) -> None:
 
 def open_cohort(config: ConfigDict, folder: Path) -> pipeline.PreparedCohort:
     """The prepared cohort of a training config; of several hosts, the primary prepares it and the others wait."""
+    if jax.process_count() > 1:
+        # The processes' first connection times out within half a minute on CPUs, which preparing may take longer than.
+        multihost_utils.sync_global_devices('cohort wanted')
     if is_primary():
         cohort = prepare(config.data, folder)
         folder = cohort.folder
@@ -140,29 +148,44 @@ def make_look(recipe: vqgan.Recipe, mesh: Mesh) -> Callable[[dict, jax.Array], S
     return jax.jit(partitioning.traced_on(mesh, look), out_shardings=Seen._make((volumes, rows, rows, rows)))
 
 
+def measured(roi_size: Sequence[int]) -> tuple[str, ...]:
+    """What is measured of each held-out ROI: of `MEASURED` all but SSIM where its window finds no room."""
+    return tuple(name for name in MEASURED if name != 'ssim' or scales(roi_size))
+
+
+def evaluated_names(cohort: pipeline.PreparedCohort) -> tuple[str, ...]:
+    """Names of what is evaluated on a cohort's held-out patients; none if there are none."""
+    held_out = cohort.split('val')
+    if not len(held_out):
+        return ()
+    ends = ('', *(f'/{cohort.classes[number]}' for number in np.unique(held_out.labels)))
+    of_rois = (f'val/{name}{end}' for end in ends for name in measured(cohort.roi_size))
+    return (*of_rois, 'val/perplexity', 'val/live_codes')
+
+
 def make_evaluation(
     recipe: vqgan.Recipe, look: Callable[[dict, jax.Array], Seen], cohort: pipeline.PreparedCohort, mesh: Mesh
 ) -> Callable[[vqgan.VQGANState], dict[str, float]]:
     """A function that measures the reconstructions of all held-out patients.
 
     The figures are means over patients, in all and by class (`val/psnr/HGG`): `l1`, `psnr` over the whole ROI (peak 2),
-    `psnr_box` over the tumour's box, `ssim`, and the auxiliary classifier's `accuracy`; and over all tokens
-    `perplexity` and `live_codes` (share of the codes that occur).
+    `psnr_box` over the tumour's box, `ssim` where a side holds its window, and the auxiliary classifier's `accuracy`;
+    and over all tokens `perplexity` and `live_codes` (share of the codes that occur).
     """
     source, classes = cohort.split('val'), len(cohort.classes)
 
     def sums(seen: Seen, batch: dict) -> tuple[dict, jax.Array, jax.Array]:
         volume, fake, weight = batch['volume'], seen.reconstruction, batch['weight']
         of_sample = {
-            'l1': metrics.l1(fake, volume),
-            'psnr': metrics.psnr(fake, volume, jnp.ones_like(volume, bool)),
-            'psnr_box': metrics.psnr(fake, volume, metrics.tumour_box(volume)),
-            'ssim': ssim(fake, volume),
-            'accuracy': (jnp.argmax(seen.logits, -1) == batch['label']).astype(jnp.float32),
+            'l1': lambda: metrics.l1(fake, volume),
+            'psnr': lambda: metrics.psnr(fake, volume, jnp.ones_like(volume, bool)),
+            'psnr_box': lambda: metrics.psnr(fake, volume, metrics.tumour_box(volume)),
+            'ssim': lambda: ssim(fake, volume),
+            'accuracy': lambda: (jnp.argmax(seen.logits, -1) == batch['label']).astype(jnp.float32),
         }
         member = jax.nn.one_hot(batch['label'], classes) * weight[:, None]  # [B, classes]
         tokens = jax.nn.one_hot(seen.tokens, recipe.model.codes) * weight[:, None, None, None, None]
-        by_class = {name: jnp.einsum('b,bc->c', values, member) for name, values in of_sample.items()}
+        by_class = {name: jnp.einsum('b,bc->c', of_sample[name](), member) for name in measured(cohort.roi_size)}
         return by_class, member.sum(axis=0), tokens.sum(axis=(0, 1, 2, 3))
 
     sums = jax.jit(sums, out_shardings=partitioning.replicated(mesh))

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from vqroi_jax.training.vqgan import make_model
 from vqroi_jax.workdir import CONFIG_FILE, read_config, write_atomically
 
 STAGE1_FILE = 'stage1.json'  # in a folder of stage 2
+TRAINING_ROIS_FILE = 'training_rois.json'  # in a folder of stage 1
 RELEASE_FOLDER = 'release'  # in the folder of a run that was read from a file of the authors' code
 
 
@@ -100,24 +101,31 @@ def load_vqgan(workdir: str | Path, checkpoint: str = 'latest') -> TrainedVQGAN:
     )
 
 
-def check_finished(vqgan: TrainedVQGAN, checkpoint: str, training_rois: int) -> None:
+def check_finished(vqgan: TrainedVQGAN, checkpoint: str, training_rois: int | None) -> None:
     """Refuses a run of stage 1 that has not come to its end, unless one of its steps was asked for by number.
 
     Args:
         vqgan: the run.
         checkpoint: what was asked for.
-        training_rois: in the cohort that it is trained on.
+        training_rois: that it is trained on, which make its epochs; None: not known.
 
     Raises:
-        InputError: it is not finished.
+        InputError: it is not finished, or whether it is cannot be told.
     """
-    epoch = training_rois / vqgan.config.batch_size
-    total = to_steps(vqgan.config.training.duration, epoch, f'{vqgan.workdir / CONFIG_FILE}: training.duration')
-    last = saved_steps(vqgan.workdir)[-1]
-    if last < total and not checkpoint.isdigit():
+    if checkpoint.isdigit():
+        return
+    duration, last = vqgan.config.training.duration, saved_steps(vqgan.workdir)[-1]
+    as_it_is = f'take it as it is with --config.vqgan_checkpoint={last}'
+    if training_rois is None and 'epoch' in duration:
         raise InputError(
-            f'stage 1 in {vqgan.workdir} is unfinished (step {last} of {total}); train it to the end, or take it as it '
-            f'is with --config.vqgan_checkpoint={last}'
+            f'stage 1 in {vqgan.workdir} was to be trained for {duration}, and how many ROIs it was trained on is not '
+            f'known: if step {last} is its end, {as_it_is}'
+        )
+    epoch = (training_rois or 1) / vqgan.config.batch_size
+    total = to_steps(duration, epoch, f'{vqgan.workdir / CONFIG_FILE}: training.duration')
+    if last < total:
+        raise InputError(
+            f'stage 1 in {vqgan.workdir} is unfinished (step {last} of {total}); train it to the end, or {as_it_is}'
         )
 
 
@@ -139,6 +147,68 @@ def check_trainable(workdir: str | Path, lacking: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingRois:
+    """What a run of stage 1 is trained on; the contents of `training_rois.json` in its folder."""
+
+    number: int  # of ROIs in the training split
+    identity: str  # of the cohort's ROIs, see `rois_identity`
+
+    @classmethod
+    def of_scans(cls, scans: Sequence[Mapping[str, Any]]) -> 'TrainingRois':
+        """Of the scans of a cohort, as `cohort.json` has them."""
+        return cls(sum(scan['split'] == 'train' for scan in scans), rois_identity(scans))
+
+    def record(self, run: Path, begun: bool) -> None:
+        """Writes the file of a training run, or compares it with the one there: a run goes on with its ROIs.
+
+        Args:
+            run: its folder.
+            begun: whether it has checkpoints. One that has, but no file, keeps none: what it began with is not known.
+
+        Raises:
+            InputError: the run was begun with other ROIs, or its file is damaged.
+        """
+        if not begun:
+            write_atomically(run / TRAINING_ROIS_FILE, json.dumps(dataclasses.asdict(self), indent=2) + '\n')
+            return
+        there = self.read(run)
+        if there is not None and there != self:
+            raise InputError(
+                f'{run} was started with other ROIs than its cohort has now ({there.number} to train on and identity '
+                f'{there.identity} then, {self.number} and {self.identity} now); bring back the files that the cohort '
+                'was prepared from, or name another --workdir'
+            )
+
+    @classmethod
+    def read(cls, run: Path) -> 'TrainingRois | None':
+        """Reads the file of a run's folder; None if there is none.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        path = run / TRAINING_ROIS_FILE
+        try:
+            return cls(**json.loads(path.read_text(encoding='utf-8')))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise InputError(f'{path} is damaged ({error}); restore it, or remove it') from None
+
+
+def rois_identity(scans: Sequence[Mapping[str, Any]]) -> str:
+    """16 hexadecimal digits of a hash of a cohort's ROIs: names, classes, splits and voxels.
+
+    Unlike the cohort's key it does not depend on where the scans lie and when they were written.
+
+    Args:
+        scans: as `cohort.json` has them.
+    """
+    fields = ('id', 'patient', 'label', 'split', 'range', 'sha256')
+    rois = sorted([scan[field] for field in fields] for scan in scans)
+    return hashlib.sha256(json.dumps(rois).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage1Facts:
     """What a run of stage 2 has taken over from stage 1 and its cohort; the contents of `stage1.json`."""
 
@@ -151,10 +221,16 @@ class Stage1Facts:
     classes: tuple[str, ...]  # names, in the order of their numbers
     spacing: tuple[float, ...] | None  # mm a voxel: depth, height, width; None if the cohort's differ
     synthetic: bool  # trained on phantoms
+    rois: str = ''  # `rois_identity` of the cohort; empty: not known, as of runs of before it was recorded
 
     @classmethod
     def of(
-        cls, vqgan: TrainedVQGAN, classes: tuple[str, ...], spacing: tuple[float, ...] | None, synthetic: bool
+        cls,
+        vqgan: TrainedVQGAN,
+        classes: tuple[str, ...],
+        spacing: tuple[float, ...] | None,
+        synthetic: bool,
+        rois: str = '',
     ) -> 'Stage1Facts':
         """Of a loaded stage 1 and its cohort; the attributes say what the arguments are."""
         return cls(
@@ -167,13 +243,14 @@ class Stage1Facts:
             classes=classes,
             spacing=spacing,
             synthetic=synthetic,
+            rois=rois,
         )
 
     def record(self, folder: Path) -> None:
-        """Writes the file, or compares it with the one there: a run goes on with the stage 1 that it began with.
+        """Writes the file, or compares it with the one there: a run goes on with the stage 1 and ROIs it began with.
 
         Raises:
-            InputError: stage 1 has changed since.
+            InputError: stage 1 or the cohort has changed since.
         """
         path = folder / STAGE1_FILE
         if not path.exists():
@@ -182,7 +259,8 @@ class Stage1Facts:
         there = self.read(folder)
         for field in dataclasses.fields(self):
             before, now = getattr(there, field.name), getattr(self, field.name)
-            if field.name != 'workdir' and before != now:
+            known = field.name != 'rois' or before
+            if field.name != 'workdir' and known and before != now:
                 raise InputError(
                     f'{folder} was started with another stage 1 or cohort ({field.name} {before} then, {now} now); '
                     'name another --workdir'

@@ -26,6 +26,7 @@ from vqroi_jax.errors import InputError
 CONFIG_FILE = 'config.json'
 LOCK_FILE = '.lock'
 COMPILED_FOLDER = 'compiled'  # programs, so that a run that goes on, or the same one again, does not compile anew
+COHORT_FOLDER = 'cohort'  # ROIs that a run of stage 1 prepared for itself; other settings have them prepared again
 UNASKED = {'print_shardings': False}  # fields that say what to show of a run, not what it is: recorded as not asked for
 LAYOUT = 'mesh.'  # block that says what a run is computed on: it may go on elsewhere, with the same results to rounding
 SHOWN_DIFFERENCES = 8  # fields; more are counted
@@ -41,9 +42,9 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
     """Makes the folder, locks it for this process, and records the config or compares it with the recorded.
 
     The lock is the operating system's, so it is gone when the process is, however it ends. Of several processes of one
-    run, only the primary one locks and writes. A run that ends with an `InputError` before it has written anything, or
-    that was only to show something, leaves no config behind. Compiled programs are kept in the folder, unless JAX was
-    told where to (JAX_COMPILATION_CACHE_DIR) or an outer workdir is open.
+    run, only the primary one locks and writes. A run that ends with an error before it has written anything but
+    prepared ROIs, or that was only to show something, leaves no config behind. Compiled programs are kept in the
+    folder, unless JAX was told where to (JAX_COMPILATION_CACHE_DIR) or an outer workdir is open.
 
     Args:
         workdir: the run's folder, on a local or mounted file system.
@@ -76,7 +77,7 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
                 yield folder
             if any(config[name] for name in UNASKED if name in config):
                 _forget_config_of_nothing(folder)
-        except InputError:
+        except BaseException:
             _forget_config_of_nothing(folder)
             raise
 
@@ -190,7 +191,7 @@ def _shown(flat: dict[str, Any], name: str) -> str:
 
 def _forget_config_of_nothing(folder: Path) -> None:
     """Removes the config of a run that ended before it left anything, so that a mended one may begin in its place."""
-    own = {CONFIG_FILE, LOCK_FILE, COMPILED_FOLDER}
+    own = {CONFIG_FILE, LOCK_FILE, COMPILED_FOLDER, COHORT_FOLDER}
     left = (path.relative_to(folder).parts[0] for path in folder.rglob('*') if path.is_file())
     if own.issuperset(left):
         (folder / CONFIG_FILE).unlink(missing_ok=True)

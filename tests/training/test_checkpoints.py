@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import types
 
 import jax
@@ -22,6 +23,38 @@ from vqroi_jax.training.checkpoints import (
     read_checkpoint,
     saved_steps,
 )
+
+RESUME = """
+import sys
+from pathlib import Path
+import jax, ml_collections
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from vqroi_jax import hosts
+from vqroi_jax.training import partitioning
+from vqroi_jax.training.checkpoints import Checkpoints
+
+folder = Path(sys.argv[1])
+hosts.join(sys.argv[2].removeprefix('--hosts='), 'vqgan')
+mesh = partitioning.make_mesh({'fsdp': -1})
+training = ml_collections.ConfigDict({'keep_last': 2, 'keep_best': 0, 'best_metric': 'val/l1', 'best_mode': 'min'})
+
+def make(step):
+    return partitioning.create(lambda: {'w': jax.random.uniform(jax.random.key(step), (2**16,))}, mesh)
+
+with Checkpoints(folder, training) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, make(step), {'step': step}, {})
+multihost_utils.sync_global_devices('saved')
+if jax.process_index() == 1:
+    array = max((folder / 'checkpoints/2/state/ocdbt.process_1/d').iterdir(), key=lambda path: path.stat().st_size)
+    array.write_bytes(array.read_bytes()[:100])
+multihost_utils.sync_global_devices('damaged')
+with Checkpoints(folder, training) as checkpoints:
+    state, loop, problems = checkpoints.restore(make(0))
+    assert bool(jnp.all(state['w'] == make(loop['step'])['w']))
+    print(f"step {loop['step']}:", *problems)
+"""
 
 TRAINING = ml_collections.ConfigDict({'keep_last': 2, 'keep_best': 1, 'best_metric': 'val/l1', 'best_mode': 'min'})
 
@@ -126,6 +159,16 @@ def test_falls_back_to_the_one_before_a_damaged_one_and_says_so(tmp_path, damage
         checkpoints.save(2, make_state(2), {}, {})  # its step is free again
     assert saved_steps(tmp_path) == [1, 2]
     assert_same(Checkpoints(tmp_path, TRAINING).restore(make_state(0))[0], make_state(2))
+    assert (tmp_path / 'checkpoints' / 'unreadable-2-0').is_dir()
+
+
+def test_all_processes_go_back_where_one_cannot_read_its_part(tmp_path, several_processes):
+    processes = several_processes([sys.executable, '-c', RESUME, str(tmp_path)], 2, devices=1)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    told = f'step 1: checkpoint {tmp_path}/checkpoints/2 cannot be read'
+    assert all(told in output for output in outputs), outputs
+    assert saved_steps(tmp_path) == [1]
     assert (tmp_path / 'checkpoints' / 'unreadable-2-0').is_dir()
 
 

@@ -45,10 +45,12 @@ def test_mesh_takes_all_devices_or_as_many_as_asked():
     assert sizes(partitioning.make_mesh({'fsdp': 2, 'spatial': -1}, jax.devices()[:6])) == {'fsdp': 2, 'spatial': 3}
 
 
-def test_devices_that_nothing_uses_are_told(capsys):
+def test_devices_that_nothing_uses_are_told(capsys, monkeypatch):
     assert partitioning.make_mesh({'data': -1, 'model': 3}).devices.size == 6
     assert capsys.readouterr().out == 'note: config.mesh.data=-1 makes 2 of it: 6 of 8 devices are used\n'
     partitioning.make_mesh({'data': -1, 'model': 2})
+    monkeypatch.setattr(partitioning, 'is_primary', lambda: False)
+    partitioning.make_mesh({'data': -1, 'model': 3})
     assert capsys.readouterr().out == ''
 
 
@@ -167,6 +169,8 @@ def test_batch_that_does_not_divide_is_refused_with_what_would():
         partitioning.check_batch('batch_size', 3, 2, mesh)
     with pytest.raises(InputError, match=r'config.micro_batches=0'):
         partitioning.check_batch('batch_size', 3, 0, mesh)
+    with pytest.raises(InputError, match=r'config.batch_size=0: expected 1 or more'):
+        partitioning.check_batch('batch_size', 0, 1, mesh)
 
 
 def test_rows_are_split_over_devices_in_order_and_volumes_by_depth_too():

@@ -134,6 +134,7 @@ def make_task(source=None, **changes):
         'figures': figures,
         'before_step': before_step,
         'headline': ('loss',),
+        'evaluated': ('val/loss',),
     }
     return loop.TrainingTask(**{**defaults, **changes})
 

@@ -22,10 +22,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vqroi_jax.errors import InputError
+from vqroi_jax.training import partitioning
 from vqroi_jax.workdir import is_primary, read_config, require_space
 
 FOLDER = 'checkpoints'
 UNREADABLE = 'unreadable-'  # prefix of the folder of a checkpoint that was set aside
+
+_LINE = 128  # bytes of what a process says of a checkpoint that it cannot read
 
 
 class Checkpoints:
@@ -71,6 +74,8 @@ class Checkpoints:
     def restore(self, state: Any) -> tuple[Any, dict[str, Any], list[str]] | None:
         """The newest checkpoint that can be read; newer ones are set aside under another name, not deleted.
 
+        Of several processes of a run each reads its own shards: a checkpoint can be read if all of them could.
+
         Args:
             state: whose structure, shapes, types and shardings the result has.
 
@@ -83,15 +88,20 @@ class Checkpoints:
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         unreadable = {}
-        for step in reversed(_steps(self._folder)):
+        for step in reversed(_steps_of_primary(self._folder)):
+            found, problem = None, ''
             with _first_error_only():
                 try:
-                    restored, loop = _restore(self._folder / str(step), abstract)
+                    found = _restore(self._folder / str(step), abstract)
                 except (InputError, jax.errors.JaxRuntimeError):
                     raise
                 except Exception as error:  # Orbax raises whatever the reading of a damaged file happens to raise
-                    unreadable[step] = _first_line(error)
-                    continue
+                    problem = _first_line(error)
+            problems = _of_all_processes(problem)
+            if found is None or any(problems):
+                unreadable[step] = next(filter(None, problems))
+                continue
+            restored, loop = found
             _set_aside(self._folder, list(unreadable))
             lines = [
                 f'checkpoint {self._folder / str(bad)} cannot be read ({why}); set aside, going back to step {step}'
@@ -203,10 +213,30 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit())
 
 
-def _reader(state: ocp.CheckpointHandler) -> ocp.Checkpointer:
-    """Reads checkpoints, their `state` with the given handler; a context manager."""
+def _steps_of_primary(folder: Path) -> list[int]:
+    """The steps that the primary process sees, on all processes of the run, whose file systems may be late."""
+    steps = _steps(folder)
+    number = int(partitioning.from_primary(np.asarray(len(steps))))
+    return partitioning.from_primary(np.resize(np.asarray(steps, np.int32), number)).tolist()
+
+
+def _of_all_processes(text: str) -> list[str]:
+    """A short text of each process of the run, on all of them."""
+    if jax.process_count() == 1:
+        return [text]
+    line = np.frombuffer(text.encode()[:_LINE].ljust(_LINE, b'\0'), np.uint8)
+    lines = multihost_utils.process_allgather(line)
+    return [row.tobytes().rstrip(b'\0').decode(errors='replace') for row in lines]
+
+
+def _reader(state: ocp.CheckpointHandler) -> contextlib.closing[ocp.CompositeCheckpointHandler]:
+    """Reads checkpoints, their `state` with the given handler; a context manager.
+
+    It is Orbax's handler without the checkpointer around it, which after reading would wait for the other processes,
+    those included that could not read.
+    """
     metrics = ocp.JsonCheckpointHandler('metrics')
-    return ocp.Checkpointer(
+    return contextlib.closing(
         ocp.CompositeCheckpointHandler(state=state, loop=ocp.JsonCheckpointHandler(), metrics=metrics)
     )
 

@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class TrainingTask:
         put_batch: from this process's batch to the global batch on the devices.
         evaluate: from a state to metrics on held-out data, named like 'val/l1', or like 'val/l1/HGG' where they are
             of a part and progress should not show them.
+        evaluated: the names that `evaluate` returns.
         figures: from a state to figures by name.
         before_step: from (updates done, state) to state: what happens at fixed steps outside of the jitted step. It
             must depend on nothing else, so that a resumed run does the same.
@@ -72,6 +73,7 @@ class TrainingTask:
     warn: Callable[[Metrics], list[str]] | None = None
     describe: Callable[[int], None] | None = None
     headline: tuple[str, ...] = ('loss',)
+    evaluated: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +87,14 @@ class Schedule:
     checkpoint: int
 
     @classmethod
-    def read(cls, training: ConfigDict, steps_per_epoch: float) -> 'Schedule':
+    def read(cls, training: ConfigDict, steps_per_epoch: float, evaluated: Sequence[str] = ()) -> 'Schedule':
         """Reads and checks the loop's fields of the config, before anything is compiled.
 
         Args:
             training: `duration`, `log_every`, `eval_every`, `figures_every`, `checkpoint_every` ('N steps' or
                 'N epochs'), `keep_last`, `keep_best`, `best_metric`, `best_mode`, `on_nonfinite`.
             steps_per_epoch: of the training split.
+            evaluated: names of what is evaluated, among which the best metric must be; empty: nothing is.
 
         Raises:
             InputError: a field has a value that it cannot have.
@@ -103,6 +106,10 @@ class Schedule:
         for name, least in (('keep_last', 1), ('keep_best', 0)):
             if training[name] < least:
                 raise InputError(f'training.{name}: {training[name]} is too few; at least {least} expected')
+        if evaluated and training.keep_best and training.best_metric not in evaluated:
+            raise InputError(
+                f'training.best_metric: {training.best_metric!r} is not evaluated; there are {", ".join(evaluated)}'
+            )
         return cls(*(to_steps(training[name], steps_per_epoch, f'training.{name}') for name in fields))
 
     def due(self, every: int, step: int) -> bool:
@@ -129,7 +136,7 @@ def train(task: TrainingTask, training: ConfigDict, workdir: Path) -> State:
             finite and `on_nonfinite` is 'stop'.
         Stopped: SIGTERM or Ctrl-C came, and the state was saved.
     """
-    schedule = Schedule.read(training, task.batches.steps_per_epoch)
+    schedule = Schedule.read(training, task.batches.steps_per_epoch, task.evaluated)
     with Checkpoints(workdir, training) as checkpoints:
         restored = checkpoints.restore(task.state)
         iterator = task.batches.iterator()
@@ -372,10 +379,6 @@ class _Loop:
         self.writer.scalars(self.step, scores)
         shown = format_metrics({name: value for name, value in scores.items() if name.count('/') < 2})
         self.progress.message(f'step {self.step}  {shown}  (evaluated in {seconds:.1f} s)')
-        if self.training.keep_best and self.training.best_metric not in scores:
-            raise InputError(
-                f'training.best_metric: {self.training.best_metric!r} is not evaluated; there are {", ".join(scores)}'
-            )
         return scores
 
     def _draw(self) -> None:

@@ -3,6 +3,7 @@
 Keeping the rate outside lets a network that starts late (the discriminator) stand at the schedule's present value.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +12,32 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from vqroi_jax.errors import InputError
+
 Tree = TypeVar('Tree')
+
+
+def check(settings: ml_collections.ConfigDict, field: str) -> None:
+    """Refuses settings of an optimiser that it cannot use.
+
+    Args:
+        settings: the block, as `make_optimizer` and `cosine_rate` read it.
+        field: of the config, for the message.
+
+    Raises:
+        InputError: naming the field and what would do.
+    """
+    for name, good, expected in (
+        ('learning_rate', 0 < settings.learning_rate < math.inf, 'more than 0'),
+        ('final_learning_rate', 0 <= settings.final_learning_rate < math.inf, '0 or more'),
+        ('b1', 0 <= settings.b1 < 1, '0 to below 1'),
+        ('b2', 0 <= settings.b2 < 1, '0 to below 1'),
+        ('epsilon', 0 < settings.epsilon < math.inf, 'more than 0'),
+        ('clip_value', 0 <= settings.clip_value < math.inf, '0 (no clipping) or more'),
+        ('weight_decay', 0 <= settings.get('weight_decay', 0.0) < math.inf, '0 or more'),
+    ):
+        if not good:
+            raise InputError(f'{field}.{name}={settings[name]}: expected {expected}')
 
 
 def make_optimizer(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vqroi_jax.errors import InputError
 from vqroi_jax.models.axes import AXES, BATCH, ROWS, VOLUMES, model_split
+from vqroi_jax.workdir import is_primary
 
 # No parameters: every vector is compared with every code.
 UNSPLIT = ('codebook/codes',)
@@ -72,7 +73,7 @@ def make_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None 
         raise InputError(
             f'config.mesh ({asked}): a run on several hosts uses all {len(devices)} devices; set config.mesh.data=-1'
         )
-    if filling and used < len(devices):
+    if filling and used < len(devices) and is_primary():
         print(f'note: config.mesh.{filling[0]}=-1 makes {left} of it: {used} of {len(devices)} devices are used')
     mesh = Mesh(np.asarray(devices[:used]).reshape([sizes[axis] for axis in AXES]), AXES)
     _row_groups(mesh)
@@ -248,8 +249,10 @@ def check_batch(field: str, batch_size: int, micro_batches: int, mesh: Mesh) -> 
     unit = devices * micro_batches
     if micro_batches < 1:
         raise InputError(f'config.micro_batches={micro_batches}: expected 1 or more')
-    if batch_size < 1 or batch_size % unit:
-        below, above = batch_size // unit * unit, max(-(-batch_size // unit), 1) * unit
+    if batch_size < 1:
+        raise InputError(f'config.{field}={batch_size}: expected 1 or more')
+    if batch_size % unit:
+        below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
         raise InputError(
             f'config.{field}={batch_size} does not divide by {devices} device(s) x {micro_batches} '
             f'micro-batch(es): choose {f"{below} or " if below > 0 else ""}{above}, or change config.mesh'

@@ -55,6 +55,22 @@ class Recipe:
     settings: ml_collections.ConfigDict  # the task's config
 
 
+def check_settings(config: ml_collections.ConfigDict) -> None:
+    """Refuses values that training cannot use, before anything is read.
+
+    Raises:
+        InputError: naming the field and what would do.
+    """
+    for field, value, good, expected in (
+        ('seed', config.seed, 0 <= config.seed < 2**32, '0 to 2**32 - 1'),
+        ('ema_decay', config.ema_decay, 0 <= config.ema_decay < 1, '0 (none) to below 1'),
+        ('figure_rois', config.figure_rois, config.figure_rois >= 1, '1 or more'),
+    ):
+        if not good:
+            raise InputError(f'config.{field}={value}: expected {expected}')
+    optimizers.check(config.optimizer, 'config.optimizer')
+
+
 def make_model(config: ml_collections.ConfigDict, codes: int, classes: int, length: int) -> Transformer:
     """The network of a config of the task `transformer`.
 
@@ -126,6 +142,7 @@ def make_recipe(
     Raises:
         InputError: a setting cannot be used.
     """
+    check_settings(config)
     settings = masking.Settings.read(config.masking, tuple(grid), codes)
     settings.check()
     total = to_steps(config.training.duration, steps_per_epoch, 'config.training.duration')

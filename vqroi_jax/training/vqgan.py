@@ -82,7 +82,7 @@ def make_recipe(config: ml_collections.ConfigDict, classes: int, steps_per_epoch
     Raises:
         InputError: a size does not divide, a name is unknown, or a duration cannot be read.
     """
-    check_sizes(config)
+    check_settings(config)
     dtype = jnp.dtype(config.dtype)
     lpips = config.perceptual == 'vgg16'
 
@@ -90,28 +90,75 @@ def make_recipe(config: ml_collections.ConfigDict, classes: int, steps_per_epoch
         block, name = field.split('.')
         return to_steps(config[block][name], steps_per_epoch, f'config.{field}', minimum)
 
+    total, warmup = steps('training.duration', minimum=1), steps('codebook.warmup')
+    if warmup >= total:
+        raise InputError(
+            f'config.codebook.warmup={config.codebook.warmup!r}: the codebook would never be used; expected less than '
+            f'config.training.duration={config.training.duration!r}'
+        )
     return Recipe(
         model=make_model(config, classes),
         discriminator=Discriminator(tuple(config.discriminator.channels), config.model.num_groups, dtype=dtype),
         lpips=perceptual.LPIPS(dtype=dtype) if lpips else None,
         lpips_weights=perceptual.load_weights() if lpips else {},
         optimizer=optimizers.make_optimizer(config.optimizer),
-        rate=optimizers.cosine_rate(config.optimizer, steps('training.duration', minimum=1)),
+        rate=optimizers.cosine_rate(config.optimizer, total),
         settings=config,
-        warmup_steps=steps('codebook.warmup'),
+        warmup_steps=warmup,
         adversarial_start=steps('losses.adversarial_start'),
         adversarial_ramp=steps('losses.adversarial_ramp'),
         restart_every=steps('codebook.restart_every'),
     )
 
 
+def check_settings(config: ml_collections.ConfigDict) -> None:
+    """Refuses sizes that do not divide and values that training cannot use, before anything is read.
+
+    Raises:
+        InputError: naming the field and what would do.
+    """
+    check_sizes(config)
+    codebook, terms = config.codebook, config.losses
+    for field, value, good, expected in (
+        ('seed', config.seed, 0 <= config.seed < 2**32, '0 to 2**32 - 1'),
+        ('ema_decay', config.ema_decay, 0 <= config.ema_decay < 1, '0 (none) to below 1'),
+        ('figure_rois', config.figure_rois, config.figure_rois >= 1, '1 or more'),
+        ('discriminator.channels', config.discriminator.channels, config.discriminator.channels, '1 number or more'),
+        ('codebook.decay', codebook.decay, 0 <= codebook.decay < 1, '0 to below 1'),
+        ('codebook.init_batches', codebook.init_batches, codebook.init_batches >= 1, '1 or more'),
+        ('codebook.kmeans_rounds', codebook.kmeans_rounds, codebook.kmeans_rounds >= 0, '0 or more'),
+        ('losses.slices', terms.slices, terms.slices >= 1, '1 or more'),
+        ('losses.label_smoothing', terms.label_smoothing, 0 <= terms.label_smoothing < 1, '0 to below 1'),
+    ):
+        if not good:
+            raise InputError(f'config.{field}={value}: expected {expected}')
+    optimizers.check(config.optimizer, 'config.optimizer')
+
+
 def check_sizes(config: ml_collections.ConfigDict) -> None:
-    """Refuses sizes that do not divide, before anything is compiled.
+    """Refuses sizes that no networks have or that do not divide, before anything is compiled.
 
     Raises:
         InputError: naming the field and what would do.
     """
     model, levels = config.model, len(config.model.channels)
+    for field, value, good, expected in (
+        ('data.roi_size', config.data.roi_size, len(config.data.roi_size) == 3, 'depth, height and width'),
+        ('codebook.codes', config.codebook.codes, config.codebook.codes >= 2, '2 or more'),
+        ('model.channels', model.channels, levels and min(model.channels) >= 1, 'numbers of 1 or more'),
+        ('model.hidden', model.hidden, model.hidden >= 1, '1 or more'),
+        ('model.code_features', model.code_features, model.code_features >= 1, '1 or more'),
+        ('model.num_groups', model.num_groups, model.num_groups >= 1, '1 or more'),
+        ('model.classifier_dropout', model.classifier_dropout, 0 <= model.classifier_dropout < 1, '0 to below 1'),
+        (
+            'discriminator.channels',
+            config.discriminator.channels,
+            min(config.discriminator.channels, default=1) >= 1,
+            'numbers of 1 or more',
+        ),
+    ):
+        if not good:
+            raise InputError(f'config.{field}={value}: expected {expected}')
     for name in ('encoder_res_blocks', 'decoder_res_blocks'):
         if len(model[name]) != levels:
             raise InputError(f'config.model.{name} has {len(model[name])} entries; channels has {levels}')
