@@ -134,6 +134,41 @@ def test_copies_of_training_rois_are_listed():
     assert abs(figure.value - figure.floor) < 2 * max(figure.spread, figure.floor_spread)
 
 
+def of_one_class(volumes, **changes):
+    """A set of ROIs of LGG."""
+    part = dataclasses.replace(as_set(volumes), labels=np.zeros(len(volumes), int), classes=('LGG',))
+    return dataclasses.replace(part, **changes)
+
+
+def test_another_scan_of_the_same_patient_is_nobodys_neighbour(cheap_networks):
+    again = np.clip(REAL[:8] + (REAL[:8] > 0) * 1e-3, 0, 1)  # all but the same
+    limits = []
+    for volumes, patients in ((REAL[:8], range(8)), (np.concatenate([REAL[:8], again]), [*range(8), *range(8)])):
+        real = of_one_class(volumes, patients=tuple(f'P{i}' for i in patients))
+        evaluation = Evaluation(real, of_one_class(REAL[:2]), config(**{'privacy.candidates': 100}))
+        privacy.measure_privacy(evaluation)
+        limits.append(evaluation.notes[-1])
+        assert [pair['real'] for pair in evaluation.neighbours] == ['ROI 0', 'ROI 1']
+    assert '2 of 2 synthetic ROIs are closer' in limits[1]
+    of_each = [float(re.search(r'MS-SSIM above ([0-9.]+)', text)[1]) for text in limits]
+    assert of_each[0] == pytest.approx(of_each[1], abs=2e-3)
+
+
+def test_one_roi_that_was_learnt_from_is_everybodys_neighbour(cheap_networks):
+    real = of_one_class(REAL[:6], splits=('train', *['test'] * 5))
+    evaluation = Evaluation(real, of_one_class(REAL[:3]), config())
+    privacy.measure_privacy(evaluation)
+    assert [pair['real'] for pair in evaluation.neighbours] == 3 * ['ROI 0']
+    assert evaluation.neighbours[0]['ms_ssim'] == pytest.approx(1)
+
+
+def test_rois_of_one_patient_alone_have_no_other_to_be_nearest_to(cheap_networks):
+    evaluation = Evaluation(of_one_class(REAL[:4], patients=('P',) * 4), of_one_class(OTHERS[:2]), config())
+    privacy.measure_privacy(evaluation)
+    assert not evaluation.figures
+    assert 'are of one patient' in evaluation.notes[-1]
+
+
 @pytest.mark.parametrize(
     ('splits', 'record', 'learnt', 'said'),
     [

@@ -18,23 +18,31 @@ _PICTURED = 24  # and at most
 def measure_privacy(evaluation: Evaluation) -> None:
     """Whether synthetic ROIs are nearer to a patient that was learnt from than other patients are."""
     first, training = len(evaluation.real.labels), evaluation.training
+    patients, held_out = np.array(evaluation.real.patients), evaluation.held_out
+    evaluation.notes.extend(provenance(evaluation))
+    # No scan of a real ROI's own patient counts as its neighbour, the ROI itself least of all.
+    own = patients[held_out][:, None] == patients[training][None]
+    held_out, own = held_out[~own.all(axis=1)], own[~own.all(axis=1)]
+    if not held_out.size:
+        evaluation.notes.append('privacy: the real ROIs are of one patient, so there is no other to be nearest to')
+        return
     distances = evaluation.distances
     features = np.asarray(mmd.squared_distances(*[jnp.asarray(evaluation.overall)] * 2))
+    number = min(evaluation.config.privacy.candidates, len(training))
     nearest = {}
     for name, part, rows, offset in (
         ('fake', evaluation.fake, np.arange(len(evaluation.fake.labels)), first),
-        ('real', evaluation.real, evaluation.held_out, 0),
+        ('real', evaluation.real, held_out, 0),
     ):
         away = distances[np.ix_(offset + rows, training)].copy()
         seen = features[np.ix_(offset + rows, training)].copy()
-        if offset == 0:  # a real ROI is not its own neighbour
-            same = rows[:, None] == training[None]
-            away[same] = seen[same] = np.inf
-        number = min(evaluation.config.privacy.candidates, len(training) - 1)
-        candidates = training[np.argsort(away, axis=1, kind='stable')[:, :number]]
+        if name == 'real':
+            away[own] = seen[own] = np.inf
+        places = np.argsort(away, axis=1, kind='stable')[:, :number]
+        candidates = training[places]
         pairs = np.stack([np.repeat(rows, number), candidates.ravel()], axis=1)
         found = similarities(pairs, part.volumes, evaluation.real.volumes, 'standard', False)
-        found = found.reshape(len(rows), number)
+        found = np.where(np.isinf(np.take_along_axis(away, places, axis=1)), -np.inf, found.reshape(len(rows), number))
         best = found.argmax(axis=1)
         nearest[name] = found.max(axis=1), candidates[np.arange(len(rows)), best], np.sqrt(seen.min(axis=1))
     limits = float(nearest['real'][0].max()), float(nearest['real'][2].min())
@@ -68,7 +76,6 @@ def measure_privacy(evaluation: Evaluation) -> None:
         f'{int(closer.sum())} of {len(similar)} synthetic ROIs are closer to a real one that may have been learnt from '
         f'than any {other} one is (MS-SSIM above {limits[0]:.3f} or VGG distance under {limits[1]:.3g}).'
     )
-    evaluation.notes.extend(provenance(evaluation))
     shown = order[: min(max(int(closer.sum()), _SHOWN), _PICTURED)]
     evaluation.pictures['nearest'] = viz.neighbours(
         evaluation.fake.volumes[shown],
