@@ -18,7 +18,7 @@ from scipy import linalg, ndimage
 from vqroi_jax import evaluate, features, figures_of_merit, main
 from vqroi_jax.data.roi_sets import RoiSet
 from vqroi_jax.errors import InputError
-from vqroi_jax.merit import privacy, voxels
+from vqroi_jax.merit import networks, privacy, voxels
 from vqroi_jax.merit.evaluation import Evaluation
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'evaluate.py'
@@ -364,6 +364,31 @@ def test_fid_is_of_inception_alone_and_of_the_planes_it_names(cheap_networks):
     assert {*found} == {
         f'KID-{network}, {p}' for network in ('VGG', 'Inception') for p in ('axial', 'coronal', 'sagittal')
     }
+
+
+def pairwise_kid(x, y):
+    """KID of slices [n, slices, features], pair by pair of slices of two volumes."""
+
+    def k(a, b):
+        return (a @ b.T / a.shape[-1] + 1) ** 3
+
+    within = [np.mean([k(a, b) for i, a in enumerate(part) for j, b in enumerate(part) if i != j]) for part in (x, y)]
+    return sum(within) - 2 * np.mean([k(a, b) for a in x for b in y])
+
+
+def test_kid_is_of_pairs_of_rois_and_its_interval_of_rois_drawn_anew():
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(20, 1, 4)), rng.normal(0.5, 1, (10, 1, 4))
+    real, fake = (part + 0.1 * rng.normal(size=(len(part), 6, 4)) for part in (real, fake))
+    evaluation = Evaluation(of_one_class(REAL[:20]), of_one_class(OTHERS[:10]), config(bootstrap=300))
+    networks._measure_planes(evaluation, {'axial': ('FD', 'KID')}, 'a network', {'axial': (real, fake)})
+    ((sides,), (figure,)) = evaluation.sides, [figure for figure in evaluation.figures if figure.metric == 'KID']
+    expected = [pairwise_kid(real[sides.one], second) for second in (fake[sides.fake], real[sides.other])]
+    np.testing.assert_allclose([figure.value, figure.floor], expected, rtol=1e-3, atol=1e-4)
+    # Slices of an ROI come together: six of them say hardly more than one.
+    first = Evaluation(evaluation.real, evaluation.fake, evaluation.config)
+    networks._measure_planes(first, {'axial': ('FD', 'KID')}, '', {'axial': (real[:, :1], fake[:, :1])})
+    assert figure.spread == pytest.approx(first.figures[-1].spread, rel=0.2)
 
 
 def by_matrix_root(x, y):
