@@ -67,7 +67,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.classifier.epochs = 60
 
     config.privacy = ml_collections.ConfigDict()
-    config.privacy.candidates = 10  # real ROIs nearest in voxels, whose MS-SSIM to a synthetic one is computed
+    config.privacy.candidates = 10  # real ROIs nearest in voxels, mirrored or not, whose MS-SSIM to an ROI is computed
 
     if variant == 'demo':
         config.pairs = 300

@@ -154,6 +154,37 @@ def test_another_scan_of_the_same_patient_is_nobodys_neighbour(cheap_networks):
     assert of_each[0] == pytest.approx(of_each[1], abs=2e-3)
 
 
+@pytest.mark.parametrize(
+    ('axes', 'said'), [((), ''), ((1,), 'left to right'), ((0, 2), 'top to bottom, front to back')]
+)
+def test_mirrored_copies_are_found(axes, said, cheap_networks):
+    real = of_one_class(REAL[:16], splits=('train', 'test') * 8)
+    copies = np.flip(REAL[:8:2], [axis + 1 for axis in axes])
+    evaluation = Evaluation(real, of_one_class(copies), config())
+    privacy.measure_privacy(evaluation)
+    assert '4 of 4 synthetic ROIs are closer' in evaluation.notes[-1]
+    # As likely as the first of four and eight to be the nearest.
+    assert 'about 0.4 would be by either measure, by chance, so between 0.4 and 0.9 in all' in evaluation.notes[-1]
+    assert {(pair['synthetic'], pair['real'], pair['mirrored']) for pair in evaluation.neighbours} == {
+        (f'ROI {i}', f'ROI {2 * i}', said) for i in range(4)
+    }
+    for pair in evaluation.neighbours:
+        assert pair['ms_ssim'] == pytest.approx(1)
+        assert pair['vgg_distance'] < 0.05
+
+
+def test_features_of_every_mirroring_are_searched(cheap_networks, monkeypatch):
+    """Against the features of the mirrored volumes themselves, eight times over."""
+    monkeypatch.setattr(features, 'places', lambda volume, axis, slices, keep: np.array([3, 20]))  # alike mirrored
+    evaluation = Evaluation(of_one_class(REAL[:5]), of_one_class(OTHERS[:3]), config())
+    expected = np.full((8, 5), np.inf)
+    for axes in ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3)):
+        mirrored = Evaluation(of_one_class(np.flip(REAL[:5], axes)), of_one_class(OTHERS[:3]), config())
+        apart = np.sum((evaluation.overall[:, None] - mirrored.overall[None, :5]) ** 2, axis=2)
+        expected = np.minimum(expected, apart)
+    np.testing.assert_allclose(privacy._features_apart(evaluation), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_one_roi_that_was_learnt_from_is_everybodys_neighbour(cheap_networks):
     real = of_one_class(REAL[:6], splits=('train', *['test'] * 5))
     evaluation = Evaluation(real, of_one_class(REAL[:3]), config())
