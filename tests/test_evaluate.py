@@ -422,6 +422,47 @@ def test_kid_is_of_pairs_of_rois_and_its_interval_of_rois_drawn_anew():
     assert figure.spread == pytest.approx(first.figures[-1].spread, rel=0.2)
 
 
+def test_intervals_of_shares_are_wilsons_and_never_without_width():
+    # By hand: of 3 of 4 the interval is from 0.3006 to 0.9544; of 5 of 5 from 0.5655 to 1.
+    for hits, spread in (([1, 1, 0, 1], 0.75 - 0.3006), ([1] * 5, 1 - 0.5655), ([0] * 5, 1 - 0.5655)):
+        assert networks._spread_of_share(np.array(hits)) == pytest.approx(spread, abs=1e-4)
+    evaluation = Evaluation(of_one_class(REAL[:8]), of_one_class(REAL[:4]), config(metrics=('coverage',)))
+    evaluation.overall = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
+    networks.measure_coverage(evaluation)
+    shares = [figure for figure in evaluation.figures if figure.metric != 'density']
+    assert {figure.metric for figure in shares} == {'precision', 'recall', 'coverage'}
+    for figure in shares:
+        assert figure.spread > 0.3
+        assert figure.floor_spread > 0.3
+
+
+def test_agreement_counts_classes_alike_and_its_floor_is_of_held_out_rois():
+    """The classifier is right on six of ten of one class and nine of ten of the other, on all that it has learnt."""
+    labels, held_out = np.repeat([0, 1], (20, 40)), np.arange(60) % 2 == 1
+    real = dataclasses.replace(
+        as_set(np.zeros((60, 2, 2, 2))), labels=labels, splits=tuple(np.where(held_out, 'test', 'train'))
+    )
+    fake = dataclasses.replace(as_set(np.zeros((40, 2, 2, 2))), labels=np.repeat([0, 1], 20))
+
+    def logits(labels, of):
+        told = np.eye(2)[labels]
+        for label, wrong in ((0, 4), (1, 1)):
+            rows = np.flatnonzero(of & (labels == label))
+            told[[row for place, row in enumerate(rows) if place % 10 < wrong]] = np.eye(2)[1 - label]
+        return told, None
+
+    evaluation = Evaluation(real, fake, config())
+    evaluation.told = logits(labels, held_out), logits(fake.labels, np.full(40, True))
+    networks.measure_agreement(evaluation)
+    found = {figure.label: figure for figure in evaluation.figures}
+    for label, share, counts in (('LGG', 0.6, (20, 10)), ('HGG', 0.9, (20, 20)), ('', 0.75, (40, 30))):
+        figure = found[label]
+        np.testing.assert_allclose([figure.value, figure.floor], share, rtol=1e-6, err_msg=label)
+        assert (figure.n, figure.floor_n) == counts
+    both = [found[label].spread for label in ('LGG', 'HGG')]
+    assert found[''].spread == pytest.approx(np.sqrt(np.sum(np.square(both))) / 2)
+
+
 def by_matrix_root(x, y):
     covariances = [np.cov(a, rowvar=False) for a in (x, y)]
     root = linalg.sqrtm(covariances[0] @ covariances[1]).real

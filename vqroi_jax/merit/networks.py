@@ -90,8 +90,22 @@ def measure_coverage(evaluation: Evaluation) -> None:
             for part in (fake, other)
         ]
         for name in COVERAGE:
-            values = [(float(np.mean(side[name])), 1.96 * float(np.std(side[name])) / math.sqrt(n)) for side in found]
+            spread_of = _spread_of_mean if name == 'density' else _spread_of_share
+            values = [(float(np.mean(side[name])), spread_of(np.asarray(side[name]))) for side in found]
             evaluation.add(name, sides.label, values, (n, n), 'higher', f'VGG16 over all planes, {k} neighbours')
+
+
+def _spread_of_share(hits: np.ndarray) -> float:
+    """From a share of ROIs to the farther end of its 95 % interval (Wilson's), which is never 0."""
+    share, n, z = float(np.mean(hits)), len(hits), 1.96
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return abs(middle - share) + half
+
+
+def _spread_of_mean(values: np.ndarray) -> float:
+    """Half the width of a mean's 95 % interval, by its standard error."""
+    return 1.96 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def measure_agreement(evaluation: Evaluation) -> None:
@@ -111,10 +125,14 @@ def measure_agreement(evaluation: Evaluation) -> None:
         )
     ]
     text = f'a small CNN trained on real ROIs for {evaluation.config.classifier.epochs} epochs; floor: held-out ROIs'
-    parts = {'': [np.concatenate(side) for side in right]}
-    parts |= {label: [side[number] for side in right] for number, label in enumerate(evaluation.real.classes)}
-    for label, of_sides in parts.items():
-        shares = [float(np.mean(side)) for side in of_sides]
-        counts = len(of_sides[0]), len(of_sides[1])
-        values = [(share, 1.96 * math.sqrt(share * (1 - share) / n)) for share, n in zip(shares, counts, strict=True)]
-        evaluation.add(AGREEMENT, label, values, counts, 'floor', text)
+    by_class = [[(float(np.mean(hits)), _spread_of_share(hits)) for hits in side] for side in right]
+    for number, label in enumerate(evaluation.real.classes):
+        counts = len(right[0][number]), len(right[1][number])
+        evaluation.add(AGREEMENT, label, [side[number] for side in by_class], counts, 'floor', text)
+    # Each class counts alike, for the two sides may have other numbers of them.
+    means = [
+        (float(np.mean([value for value, _ in side])), math.hypot(*(spread for _, spread in side)) / len(side))
+        for side in by_class
+    ]
+    counts = sum(map(len, right[0])), sum(map(len, right[1]))
+    evaluation.add(AGREEMENT, '', means, counts, 'floor', f'{text}; mean over the classes')
