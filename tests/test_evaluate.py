@@ -312,6 +312,21 @@ def test_the_same_command_again_measures_nothing_and_other_rois_anew(done, folde
     assert second['fake']['sha256'] != json.loads(first)['fake']['sha256']
 
 
+def test_a_report_that_is_gone_or_another_format_is_measured_anew(folders, tmp_path):
+    settings, out = config(real=str(folders[0]), fake=str(folders[1]), metrics=('statistics',)), tmp_path / 'out'
+    evaluate.run(settings, out)
+    first = (out / 'metrics.json').read_text()
+    (out / 'report.html').unlink()
+    evaluate.run(settings, out)
+    assert (out / 'report.html').exists()
+    # As an earlier version left it: without a field that there was not yet.
+    older = json.loads(first)
+    older.pop('published')
+    (out / 'metrics.json').write_text(json.dumps(older | {'format': evaluate.FORMAT - 1}))
+    evaluate.run(settings, out)
+    assert (out / 'metrics.json').read_text() == first
+
+
 def test_an_evaluation_that_died_before_its_end_is_measured_anew(folders, tmp_path, monkeypatch):
     settings = config(real=str(folders[0]), fake=str(folders[1]), metrics=('statistics',))
     write, files = evaluate.write_atomically, []
@@ -550,6 +565,8 @@ def command(tmp_path, real, fake, *more):
             ('--config.metrics=("mmd", "reconstruction")',),
             'HGG_6.nii.gz has no pair',
         ),
+        (lambda f, t: f, ('--config.metrics=()',), 'config.metrics is empty: name some of ms_ssim, mmd'),
+        (lambda f, t: f, ('--config.metrics=("mmd", "mmd")',), "config.metrics: 'mmd' is named twice"),
         (lambda f, t: f, ('--config.pairs=0',), 'config.pairs=0: expected at least 1'),
         (lambda f, t: f, ('--config.slices.empty=skip',), "'skip' is none of drop, keep"),
         (lambda f, t: f, ('--config.grid=near',), "config.grid='near' is none of same, resample"),
