@@ -4,9 +4,10 @@
         --config.fake=runs/new --workdir=runs/experiment1
 
 An experiment has arms: what a 3D ResNet is pre-trained on, if at all, and what it is then trained on. Each arm is run
-several times, with disjoint validation sets, and tried on the real test split, which no generator and no arm has seen.
-Leaves `metrics.json` (mean and standard deviation, t-tests against the baseline), `report.html`, `figures/roc.png` and
-`figures/confusion.png`, and a run's folder for each part. The same command again goes on where it was stopped.
+several times, validated on other patients each time, and tried on the real test split, which no generator and no arm
+has seen. Leaves `metrics.json` (mean and standard deviation, t-tests against the baseline), `report.html`,
+`figures/roc.png`, `figures/confusion.png`, and a run's folder for each part. The same command again goes on where it
+was stopped.
 
 Variants: `experiment1` (default; pre-training on real HGG or synthetic HGG, with synthetic LGG), `experiment2`
 (pre-training on synthetic ROIs alone), `augmentation` (LGG brought to the number of HGG by traditional augmentation),
@@ -35,7 +36,7 @@ def get_config(variant: str = 'experiment1') -> ml_collections.ConfigDict:
     config.grid = 'same'
     config.seed = 0
     config.runs = 3  # of each arm, with other initial values and other validation sets
-    config.validation = 0.15  # share of each class's ROIs, disjoint from run to run
+    config.validation = 0.15  # share of each class's ROIs, of other patients in each run
     config.dtype = 'float32'  # of convolutions: 'float32' or 'bfloat16'
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # devices that a batch is split over; -1: all

@@ -39,7 +39,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.pairs = 1000  # of ROIs within a class, for MS-SSIM; fewer if there are not so many
     config.foreground = False  # whether MS-SSIM counts windows around tumour voxels only
     config.bootstrap = 200  # how often ROIs are drawn anew, for intervals
-    config.frechet_bootstrap = 50  # the same for Fréchet distances and KID, which take longer, FID the longest
+    config.frechet_bootstrap = 50  # the same for Fréchet distances, which take longer, FID the longest
     config.neighbours = 5  # that a ball reaches to, for precision, recall, density and coverage
 
     config.mmd = ml_collections.ConfigDict()
@@ -67,7 +67,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.classifier.epochs = 60
 
     config.privacy = ml_collections.ConfigDict()
-    config.privacy.candidates = 10  # real ROIs nearest in voxels, whose MS-SSIM to a synthetic one is computed
+    config.privacy.candidates = 10  # real ROIs nearest in voxels, mirrored or not, whose MS-SSIM to an ROI is computed
 
     if variant == 'demo':
         config.pairs = 300

@@ -18,7 +18,7 @@ from scipy import linalg, ndimage
 from vqroi_jax import evaluate, features, figures_of_merit, main
 from vqroi_jax.data.roi_sets import RoiSet
 from vqroi_jax.errors import InputError
-from vqroi_jax.merit import privacy, voxels
+from vqroi_jax.merit import networks, privacy, voxels
 from vqroi_jax.merit.evaluation import Evaluation
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'evaluate.py'
@@ -134,6 +134,72 @@ def test_copies_of_training_rois_are_listed():
     assert abs(figure.value - figure.floor) < 2 * max(figure.spread, figure.floor_spread)
 
 
+def of_one_class(volumes, **changes):
+    """A set of ROIs of LGG."""
+    part = dataclasses.replace(as_set(volumes), labels=np.zeros(len(volumes), int), classes=('LGG',))
+    return dataclasses.replace(part, **changes)
+
+
+def test_another_scan_of_the_same_patient_is_nobodys_neighbour(cheap_networks):
+    again = np.clip(REAL[:8] + (REAL[:8] > 0) * 1e-3, 0, 1)  # all but the same
+    limits = []
+    for volumes, patients in ((REAL[:8], range(8)), (np.concatenate([REAL[:8], again]), [*range(8), *range(8)])):
+        real = of_one_class(volumes, patients=tuple(f'P{i}' for i in patients))
+        evaluation = Evaluation(real, of_one_class(REAL[:2]), config(**{'privacy.candidates': 100}))
+        privacy.measure_privacy(evaluation)
+        limits.append(evaluation.notes[-1])
+        assert [pair['real'] for pair in evaluation.neighbours] == ['ROI 0', 'ROI 1']
+    assert '2 of 2 synthetic ROIs are closer' in limits[1]
+    of_each = [float(re.search(r'MS-SSIM above ([0-9.]+)', text)[1]) for text in limits]
+    assert of_each[0] == pytest.approx(of_each[1], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ('axes', 'said'), [((), ''), ((1,), 'left to right'), ((0, 2), 'top to bottom, front to back')]
+)
+def test_mirrored_copies_are_found(axes, said, cheap_networks):
+    real = of_one_class(REAL[:16], splits=('train', 'test') * 8)
+    copies = np.flip(REAL[:8:2], [axis + 1 for axis in axes])
+    evaluation = Evaluation(real, of_one_class(copies), config())
+    privacy.measure_privacy(evaluation)
+    assert '4 of 4 synthetic ROIs are closer' in evaluation.notes[-1]
+    # As likely as the first of four and eight to be the nearest.
+    assert 'about 0.4 would be by either measure, by chance, so between 0.4 and 0.9 in all' in evaluation.notes[-1]
+    assert {(pair['synthetic'], pair['real'], pair['mirrored']) for pair in evaluation.neighbours} == {
+        (f'ROI {i}', f'ROI {2 * i}', said) for i in range(4)
+    }
+    for pair in evaluation.neighbours:
+        assert pair['ms_ssim'] == pytest.approx(1)
+        assert pair['vgg_distance'] < 0.05
+
+
+def test_features_of_every_mirroring_are_searched(cheap_networks, monkeypatch):
+    """Against the features of the mirrored volumes themselves, eight times over."""
+    monkeypatch.setattr(features, 'places', lambda volume, axis, slices, keep: np.array([3, 20]))  # alike mirrored
+    evaluation = Evaluation(of_one_class(REAL[:5]), of_one_class(OTHERS[:3]), config())
+    expected = np.full((8, 5), np.inf)
+    for axes in ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3)):
+        mirrored = Evaluation(of_one_class(np.flip(REAL[:5], axes)), of_one_class(OTHERS[:3]), config())
+        apart = np.sum((evaluation.overall[:, None] - mirrored.overall[None, :5]) ** 2, axis=2)
+        expected = np.minimum(expected, apart)
+    np.testing.assert_allclose(privacy._features_apart(evaluation), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_roi_that_was_learnt_from_is_everybodys_neighbour(cheap_networks):
+    real = of_one_class(REAL[:6], splits=('train', *['test'] * 5))
+    evaluation = Evaluation(real, of_one_class(REAL[:3]), config())
+    privacy.measure_privacy(evaluation)
+    assert [pair['real'] for pair in evaluation.neighbours] == 3 * ['ROI 0']
+    assert evaluation.neighbours[0]['ms_ssim'] == pytest.approx(1)
+
+
+def test_rois_of_one_patient_alone_have_no_other_to_be_nearest_to(cheap_networks):
+    evaluation = Evaluation(of_one_class(REAL[:4], patients=('P',) * 4), of_one_class(OTHERS[:2]), config())
+    privacy.measure_privacy(evaluation)
+    assert not evaluation.figures
+    assert 'are of one patient' in evaluation.notes[-1]
+
+
 @pytest.mark.parametrize(
     ('splits', 'record', 'learnt', 'said'),
     [
@@ -246,6 +312,21 @@ def test_the_same_command_again_measures_nothing_and_other_rois_anew(done, folde
     assert second['fake']['sha256'] != json.loads(first)['fake']['sha256']
 
 
+def test_a_report_that_is_gone_or_another_format_is_measured_anew(folders, tmp_path):
+    settings, out = config(real=str(folders[0]), fake=str(folders[1]), metrics=('statistics',)), tmp_path / 'out'
+    evaluate.run(settings, out)
+    first = (out / 'metrics.json').read_text()
+    (out / 'report.html').unlink()
+    evaluate.run(settings, out)
+    assert (out / 'report.html').exists()
+    # As an earlier version left it: without a field that there was not yet.
+    older = json.loads(first)
+    older.pop('published')
+    (out / 'metrics.json').write_text(json.dumps(older | {'format': evaluate.FORMAT - 1}))
+    evaluate.run(settings, out)
+    assert (out / 'metrics.json').read_text() == first
+
+
 def test_an_evaluation_that_died_before_its_end_is_measured_anew(folders, tmp_path, monkeypatch):
     settings = config(real=str(folders[0]), fake=str(folders[1]), metrics=('statistics',))
     write, files = evaluate.write_atomically, []
@@ -329,6 +410,72 @@ def test_fid_is_of_inception_alone_and_of_the_planes_it_names(cheap_networks):
     assert {*found} == {
         f'KID-{network}, {p}' for network in ('VGG', 'Inception') for p in ('axial', 'coronal', 'sagittal')
     }
+
+
+def pairwise_kid(x, y):
+    """KID of slices [n, slices, features], pair by pair of slices of two volumes."""
+
+    def k(a, b):
+        return (a @ b.T / a.shape[-1] + 1) ** 3
+
+    within = [np.mean([k(a, b) for i, a in enumerate(part) for j, b in enumerate(part) if i != j]) for part in (x, y)]
+    return sum(within) - 2 * np.mean([k(a, b) for a in x for b in y])
+
+
+def test_kid_is_of_pairs_of_rois_and_its_interval_of_rois_drawn_anew():
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(20, 1, 4)), rng.normal(0.5, 1, (10, 1, 4))
+    real, fake = (part + 0.1 * rng.normal(size=(len(part), 6, 4)) for part in (real, fake))
+    evaluation = Evaluation(of_one_class(REAL[:20]), of_one_class(OTHERS[:10]), config(bootstrap=300))
+    networks._measure_planes(evaluation, {'axial': ('FD', 'KID')}, 'a network', {'axial': (real, fake)})
+    ((sides,), (figure,)) = evaluation.sides, [figure for figure in evaluation.figures if figure.metric == 'KID']
+    expected = [pairwise_kid(real[sides.one], second) for second in (fake[sides.fake], real[sides.other])]
+    np.testing.assert_allclose([figure.value, figure.floor], expected, rtol=1e-3, atol=1e-4)
+    # Slices of an ROI come together: six of them say hardly more than one.
+    first = Evaluation(evaluation.real, evaluation.fake, evaluation.config)
+    networks._measure_planes(first, {'axial': ('FD', 'KID')}, '', {'axial': (real[:, :1], fake[:, :1])})
+    assert figure.spread == pytest.approx(first.figures[-1].spread, rel=0.2)
+
+
+def test_intervals_of_shares_are_wilsons_and_never_without_width():
+    # By hand: of 3 of 4 the interval is from 0.3006 to 0.9544; of 5 of 5 from 0.5655 to 1.
+    for hits, spread in (([1, 1, 0, 1], 0.75 - 0.3006), ([1] * 5, 1 - 0.5655), ([0] * 5, 1 - 0.5655)):
+        assert networks._spread_of_share(np.array(hits)) == pytest.approx(spread, abs=1e-4)
+    evaluation = Evaluation(of_one_class(REAL[:8]), of_one_class(REAL[:4]), config(metrics=('coverage',)))
+    evaluation.overall = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
+    networks.measure_coverage(evaluation)
+    shares = [figure for figure in evaluation.figures if figure.metric != 'density']
+    assert {figure.metric for figure in shares} == {'precision', 'recall', 'coverage'}
+    for figure in shares:
+        assert figure.spread > 0.3
+        assert figure.floor_spread > 0.3
+
+
+def test_agreement_counts_classes_alike_and_its_floor_is_of_held_out_rois():
+    """The classifier is right on six of ten of one class and nine of ten of the other, on all that it has learnt."""
+    labels, held_out = np.repeat([0, 1], (20, 40)), np.arange(60) % 2 == 1
+    real = dataclasses.replace(
+        as_set(np.zeros((60, 2, 2, 2))), labels=labels, splits=tuple(np.where(held_out, 'test', 'train'))
+    )
+    fake = dataclasses.replace(as_set(np.zeros((40, 2, 2, 2))), labels=np.repeat([0, 1], 20))
+
+    def logits(labels, of):
+        told = np.eye(2)[labels]
+        for label, wrong in ((0, 4), (1, 1)):
+            rows = np.flatnonzero(of & (labels == label))
+            told[[row for place, row in enumerate(rows) if place % 10 < wrong]] = np.eye(2)[1 - label]
+        return told, None
+
+    evaluation = Evaluation(real, fake, config())
+    evaluation.told = logits(labels, held_out), logits(fake.labels, np.full(40, True))
+    networks.measure_agreement(evaluation)
+    found = {figure.label: figure for figure in evaluation.figures}
+    for label, share, counts in (('LGG', 0.6, (20, 10)), ('HGG', 0.9, (20, 20)), ('', 0.75, (40, 30))):
+        figure = found[label]
+        np.testing.assert_allclose([figure.value, figure.floor], share, rtol=1e-6, err_msg=label)
+        assert (figure.n, figure.floor_n) == counts
+    both = [found[label].spread for label in ('LGG', 'HGG')]
+    assert found[''].spread == pytest.approx(np.sqrt(np.sum(np.square(both))) / 2)
 
 
 def by_matrix_root(x, y):
@@ -418,6 +565,8 @@ def command(tmp_path, real, fake, *more):
             ('--config.metrics=("mmd", "reconstruction")',),
             'HGG_6.nii.gz has no pair',
         ),
+        (lambda f, t: f, ('--config.metrics=()',), 'config.metrics is empty: name some of ms_ssim, mmd'),
+        (lambda f, t: f, ('--config.metrics=("mmd", "mmd")',), "config.metrics: 'mmd' is named twice"),
         (lambda f, t: f, ('--config.pairs=0',), 'config.pairs=0: expected at least 1'),
         (lambda f, t: f, ('--config.slices.empty=skip',), "'skip' is none of drop, keep"),
         (lambda f, t: f, ('--config.grid=near',), "config.grid='near' is none of same, resample"),

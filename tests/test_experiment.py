@@ -100,6 +100,34 @@ def test_a_class_of_one_patient_is_refused():
         experiment.plan(arm(), 'mixed', 0, (RoiSet(**{**vars(real), 'patients': patients}), made))
 
 
+def test_a_patient_with_scans_of_two_classes_is_on_one_side_and_validated_on_in_one_run():
+    real, made = fake_sets(lgg=44)
+    patients = list(real.patients)
+    patients[48:68] = patients[4:24]  # tumours that progressed
+    sets = RoiSet(**{**vars(real), 'patients': tuple(patients)}), made
+    test, validated = experiment.tested_rois(sets), []
+    for number in range(3):
+        parts = experiment.plan(settings('augmentation', runs=3, validation=0.15), 'unbalanced', number, sets)
+        experiment.check_disjoint(test, parts)
+        finetune = parts['finetune']
+        assert not finetune.train.patients & finetune.validation.patients
+        assert counts(finetune.validation) == {(0, 0): 6, (0, 1): 8}
+        # Every scan of everybody else is learnt from.
+        others = {row for row in real.among('train') if patients[row] not in finetune.validation.patients}
+        assert {row for _, row in finetune.train.rows} == others
+        validated.append(finetune.validation.patients)
+    assert len(validated[0] | validated[1] | validated[2]) == sum(map(len, validated))
+
+
+def test_too_few_patients_for_validation_sets_without_one_in_common_are_refused():
+    real, made = fake_sets()
+    patients = tuple(f'P{row % 4}' if 4 <= row < 20 else name for row, name in enumerate(real.patients))
+    sets = RoiSet(**{**vars(real), 'patients': patients}), made
+    experiment.plan(arm(), 'mixed', 0, sets)
+    with pytest.raises(InputError, match='class LGG are of too few patients for 3 validation sets'):
+        experiment.plan(arm(), 'mixed', 2, sets)
+
+
 def test_a_patient_on_two_sides_is_found():
     sets = fake_sets()
     patients = list(sets[0].patients)

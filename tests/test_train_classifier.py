@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vqroi_jax import main, prepare, templates, train_classifier
+from vqroi_jax import main, prepare, report, templates, train_classifier, viz
 from vqroi_jax.data import samples
 from vqroi_jax.data.learnt_from import LearntFrom, write_learnt_from
 from vqroi_jax.data.roi_sets import open_sets
@@ -59,6 +59,27 @@ def test_the_table_has_means_deviations_and_tests():
     printed = train_classifier.table(found)
     assert f'{found["arms"]["better"]["mean"]["auc"]:.3f} ±' in printed
     assert f'p={found["arms"]["better"]["p"]["auc"]:.2g}' in printed
+
+
+def test_arms_whose_runs_do_not_differ_have_no_p_and_are_not_said_to_agree():
+    results = {'plain': [result(0.3, 0)] * 2, 'better': [result(0.9, 0)] * 2}
+    found = train_classifier.summarise(experiment(runs=2, baseline='plain'), results, ('LGG', 'HGG'))
+    assert found['arms']['better']['mean']['auc'] > found['arms']['plain']['mean']['auc']
+    assert found['arms']['better']['p']['auc'] is None
+    some = {
+        'path': '',
+        'sha256': '',
+        'rois': {},
+        'voxels': [],
+        'spacing_mm': [],
+        'intensity_range': [0, 1],
+        'facts': [],
+    }
+    found |= {'real': some, 'fake': None, 'test': {}, 'provenance': None}
+    found['arms'] = {name: arm | {'rois': {}, 'weights': None} for name, arm in found['arms'].items()}
+    page = report.render_experiment(found, viz.roc(found['roc']), {})
+    assert 'no p: no spread within either arm' in page
+    assert 'runs agree' not in page
 
 
 @pytest.fixture(scope='module')
@@ -132,7 +153,7 @@ def test_the_report_is_one_page_that_holds_everything(done, folders):
         assert f'{area["value"]:.3f} {area["low"]:.3f} to {area["high"]:.3f}' in text
     assert text.count('real_only (baseline)') == 1
     p = found['arms']['synthetic']['p']['auc']
-    assert 'no p: runs agree' in text if p is None else f'p = {templates.number(p)}' in text
+    assert 'no p: no spread within either arm' in text if p is None else f'p = {templates.number(p)}' in text
     # Of 7 patients each class for training, 2 are kept for validation; the fixture has as many ROIs in each run.
     assert found['arms']['synthetic']['rois']['pretrain'] == 2 * [
         {'train': {label: {'synthetic': 3} for label in ('LGG', 'HGG')},

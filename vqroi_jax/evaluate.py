@@ -24,7 +24,7 @@ from vqroi_jax.workdir import open_workdir, write_atomically
 
 METRICS_FILE = 'metrics.json'
 REPORT_FILE = 'report.html'
-FORMAT = 1
+FORMAT = 2  # counts up with each change of what is measured or of how it is laid out
 
 _SHOWN = 6  # ROIs of each class in a picture
 _TURNED = 4  # of each in the viewer
@@ -41,7 +41,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 def evaluate(config: ConfigDict, folder: Path) -> None:
     """Compares two sets and writes `metrics.json` and `report.html` into an opened workdir.
 
-    Where they are there already, of the same ROIs, weights and published table, they stay.
+    Where both are there already, of this format and of the same ROIs, weights and published table, they stay.
 
     Raises:
         InputError: a setting or a set cannot be used.
@@ -53,7 +53,7 @@ def evaluate(config: ConfigDict, folder: Path) -> None:
         if table:
             published.check_classes(config.published, table, real.classes)
         inputs = describe_inputs(evaluation, table)
-        if _identities(inputs) == _measured(folder / METRICS_FILE):
+        if _identities(inputs) == _measured(folder):
             return
         if config.inception and inputs['inception']['sha256'] != inception.SHA256:
             evaluation.notes.append(
@@ -69,9 +69,13 @@ def evaluate(config: ConfigDict, folder: Path) -> None:
     write_atomically(folder / METRICS_FILE, json.dumps(found, indent=2, allow_nan=False) + '\n')
 
 
-def _measured(path: Path) -> dict[str, str | None] | None:
-    """The identities of what a `metrics.json` was computed from; None if there is none."""
-    return _identities(json.loads(path.read_text(encoding='utf-8'))) if path.exists() else None
+def _measured(folder: Path) -> dict[str, str | None] | None:
+    """The identities of what an evaluation was computed from; None where it is not done, or of another format."""
+    path = folder / METRICS_FILE
+    if not (path.exists() and (folder / REPORT_FILE).exists()):
+        return None
+    found = json.loads(path.read_text(encoding='utf-8'))
+    return _identities(found) if found.get('format') == FORMAT else None
 
 
 def _identities(inputs: dict) -> dict[str, str | None]:
@@ -85,6 +89,10 @@ def check_settings(config: ConfigDict) -> None:
     Raises:
         InputError: naming the field and what it may be.
     """
+    if not config.metrics:
+        raise InputError(f'config.metrics is empty: name some of {", ".join(GROUPS)}')
+    if twice := [name for place, name in enumerate(config.metrics) if name in config.metrics[:place]]:
+        raise InputError(f'config.metrics: {twice[0]!r} is named twice')
     if unknown := [name for name in config.metrics if name not in GROUPS]:
         raise InputError(f'config.metrics: {unknown[0]!r} is none of {", ".join(GROUPS)}')
     for field, value, least in (

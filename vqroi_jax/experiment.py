@@ -90,7 +90,7 @@ def plan(config: ConfigDict, name: str, number: int, sets: tuple[RoiSet, RoiSet]
 
     The real ROIs for training are the same in all runs and in all arms that want as many; those for pre-training are
     taken from what is left, without other scans of patients that training is validated on. Each stage keeps a share of
-    each class for validation, another in each run.
+    each class for validation; training keeps that of other patients in each run.
 
     Raises:
         InputError: there are not so many ROIs as the arm wants.
@@ -138,30 +138,54 @@ def _split(
 ) -> Part:
     """Takes this run's validation ROIs out of each group, and repeats what is left of the smaller ones if asked.
 
-    Other scans of a validation ROI's patient are left out.
+    No patient of the same groups is validated on in two runs. Other scans of a validation ROI's patient are left out,
+    in every class.
     """
-    train, validation, patients = [], [], np.array(sets[0].patients)
-    for rows in groups:
-        held = max(1, round(config.validation * len(rows)))
-        if held * config.runs >= len(rows):
-            raise InputError(
-                f'{what}: {len(rows)} ROIs are too few for {config.runs} disjoint validation sets of {held} and for '
-                'training'
-            )
-        chosen = slice(number * held, (number + 1) * held)
-        validation.append(rows[chosen])
-        left = np.delete(rows, chosen, axis=0)
-        seen = patients[rows[chosen][rows[chosen][:, 0] == 0, 1]]
-        train.append(np.array([pair for pair in left if pair[0] == 1 or patients[pair[1]] not in seen]))
+    # A synthetic ROI counts as a patient of its own.
+    patients = [[sets[0].patients[row] if which == 0 else (which, row) for which, row in rows] for rows in groups]
+    seen: set = set()
+    for _ in range(number + 1):
+        # The validation sets of all runs up to this one, for each leaves out the patients of those before it.
+        chosen = [
+            _first_of_others(config, what, sets, rows, names, seen)
+            for rows, names in zip(groups, patients, strict=True)
+        ]
+        now = {names[place] for places, names in zip(chosen, patients, strict=True) for place in places}
+        seen |= now
+    validation = [rows[places] for rows, places in zip(groups, chosen, strict=True)]
+    train = []
+    for rows, names in zip(groups, patients, strict=True):
+        train.append(rows[[name not in now for name in names]])
         if not len(train[-1]):
-            raise InputError(
-                f'{what}: the ROIs of class {sets[0].classes[sets[rows[0, 0]].labels[rows[0, 1]]]} are of too few '
-                'patients: with those of one for validation, none is left for training'
-            )
+            raise _too_few_patients(config, what, sets, rows)
     if balance:
         most = max(map(len, train))
         train = [rows[np.arange(most) % len(rows)] for rows in train]
     return Part(*(Rois(name, sets, np.concatenate(some)) for name, some in (('train', train), ('val', validation))))
+
+
+def _first_of_others(
+    config: ConfigDict, what: str, sets: tuple[RoiSet, RoiSet], rows: np.ndarray, names: Sequence, seen: set
+) -> list[int]:
+    """Places in a group of a run's validation ROIs: its first ones that are of none of the patients seen."""
+    held = max(1, round(config.validation * len(rows)))
+    if held * config.runs >= len(rows):
+        raise InputError(
+            f'{what}: {len(rows)} ROIs are too few for {config.runs} disjoint validation sets of {held} and for '
+            'training'
+        )
+    places = [place for place, name in enumerate(names) if name not in seen][:held]
+    if len(places) < held:
+        raise _too_few_patients(config, what, sets, rows)
+    return places
+
+
+def _too_few_patients(config: ConfigDict, what: str, sets: tuple[RoiSet, RoiSet], rows: np.ndarray) -> InputError:
+    which, row = rows[0]
+    return InputError(
+        f'{what}: the ROIs of class {sets[0].classes[sets[which].labels[row]]} are of too few patients for '
+        f'{config.runs} validation sets without a patient in common, and for training on others'
+    )
 
 
 def check_disjoint(test: Rois, parts: Mapping[str, Part], start: transfer.Weights | None = None) -> None:

@@ -50,8 +50,8 @@ _MEANINGS = {  # by the beginning of a metric's name: what it says, for a reader
         'another real ROI of the class would get in their place.'
     ),
     'nearest': (
-        'Privacy: how near the most similar ROI is that a model may have learnt from. Samples nearer than other '
-        'patients ever are may be copies.'
+        'Privacy: how near the most similar ROI is that a model may have learnt from, as it is or mirrored along any '
+        'axes. Samples nearer than other patients ever are may be copies.'
     ),
 }
 

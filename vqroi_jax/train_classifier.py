@@ -328,8 +328,8 @@ def summarise(config: ConfigDict, results: Mapping[str, Sequence[Mapping]], clas
 
     Returns:
         By arm: `mean` and `sd` of each figure over the runs; `p`, of a two-sided t-test against the baseline (None for
-        that itself, and where all runs agree); of the probabilities averaged over the runs, `auc` with DeLong's 95 %
-        interval; `confusion`, added over the runs. And `roc`, curves of the averaged probabilities.
+        that itself, and where neither arm's runs differ); of the probabilities averaged over the runs, `auc` with
+        DeLong's 95 % interval; `confusion`, added over the runs. And `roc`, curves of the averaged probabilities.
     """
     arms, curves, baseline = {}, {}, results[config.baseline]
     positive = 1 if len(classes) == 2 else None

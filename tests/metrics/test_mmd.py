@@ -38,6 +38,18 @@ def test_kid_equals_the_sum_over_pairs():
     np.testing.assert_allclose(found, pairs(x, y, lambda a, b: (a @ b / 30 + 1) ** 3), rtol=1e-4)
 
 
+def test_vectors_of_one_sample_are_not_paired_with_each_other():
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(5, 3, 8)), rng.normal(0.3, 1.2, (4, 3, 8))
+
+    def k(a, b):
+        return np.mean([(one @ other / 8 + 1) ** 3 for one in a for other in b])
+
+    kernel = mmd.cubic_kernel_of_sets(np.concatenate([x, y]), block=4)
+    found = mmd.unbiased_of_rows(kernel, np.arange(5), np.arange(5, 9))
+    np.testing.assert_allclose(found, pairs(x, y, k), rtol=1e-4)
+
+
 def test_rows_drawn_several_times_are_not_paired_with_themselves():
     rng = np.random.default_rng(3)
     both = jnp.asarray(rng.normal(size=(10, 4)))

@@ -28,7 +28,9 @@ class Figure:
         metric: its name.
         label: the class; '' for all.
         value: of the synthetic ROIs.
-        spread: half the width of its 95 % interval, 1.96 standard deviations over bootstraps of the ROIs.
+        spread: half the width of its 95 % interval: 1.96 standard deviations over bootstraps of the ROIs, or 1.96
+            standard errors of a mean (density); of a share of ROIs what lies between it and the farther end of Wilson's
+            interval.
         floor: the same between real ROIs.
         floor_spread: likewise.
         n: synthetic ROIs that it is of.

@@ -20,8 +20,6 @@ BY_CLASSIFIER = 'FD-3D'
 COVERAGE = ('precision', 'recall', 'density', 'coverage')
 AGREEMENT = 'class agreement'
 
-_KID_SLICES = 1000  # of each set; more are drawn from
-
 
 def measure_frechet(evaluation: Evaluation) -> None:
     """How far the distributions of what networks see are apart."""
@@ -58,19 +56,15 @@ def _measure_planes(
             evaluation.compare(names[plane][0], sides, _slice_distance, real, fake, text, repeats)
     for plane, (real, fake) in seen.items():
         for sides in evaluation.sides:
-            metric = names[plane][1]
-            x, y, floor = (
-                evaluation.rng(f'{metric} {sides.label}').permutation(_flat(slices))[:_KID_SLICES]
-                for slices in (real[sides.one], fake[sides.fake], real[sides.other])
-            )
-            values = []
-            for second in (y, floor):
-                both = jnp.concatenate([x, second])
-                statistic = functools.partial(mmd.unbiased_of_rows, np.asarray(mmd.cubic_kernel(both, both)))
-                rows = np.arange(len(x)), np.arange(len(x), len(both))
-                values.append(evaluation.bootstrap(f'{metric} {sides.label}', statistic, *rows, repeats=repeats))
-            how = f'{text}, cubic kernel, unbiased, {len(x)} slices'
-            evaluation.add(metric, sides.label, values, (sides.n, sides.n), 'lower', how)
+            metric, n = names[plane][1], sides.n
+            kernel = mmd.cubic_kernel_of_sets(np.concatenate([real[sides.one], real[sides.other], fake[sides.fake]]))
+            one, other, of_fake = np.arange(n), np.arange(n, 2 * n), np.arange(2 * n, 3 * n)
+            statistic = functools.partial(mmd.unbiased_of_rows, kernel)
+            values = [
+                evaluation.bootstrap(f'{metric} {sides.label}', statistic, one, part) for part in (of_fake, other)
+            ]
+            how = f'{text}, cubic kernel, unbiased: no slice is paired with one of the same ROI'
+            evaluation.add(metric, sides.label, values, (n, n), 'lower', how)
 
 
 def _slice_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -96,8 +90,22 @@ def measure_coverage(evaluation: Evaluation) -> None:
             for part in (fake, other)
         ]
         for name in COVERAGE:
-            values = [(float(np.mean(side[name])), 1.96 * float(np.std(side[name])) / math.sqrt(n)) for side in found]
+            spread_of = _spread_of_mean if name == 'density' else _spread_of_share
+            values = [(float(np.mean(side[name])), spread_of(np.asarray(side[name]))) for side in found]
             evaluation.add(name, sides.label, values, (n, n), 'higher', f'VGG16 over all planes, {k} neighbours')
+
+
+def _spread_of_share(hits: np.ndarray) -> float:
+    """From a share of ROIs to the farther end of its 95 % interval (Wilson's), which is never 0."""
+    share, n, z = float(np.mean(hits)), len(hits), 1.96
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return abs(middle - share) + half
+
+
+def _spread_of_mean(values: np.ndarray) -> float:
+    """Half the width of a mean's 95 % interval, by its standard error."""
+    return 1.96 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def measure_agreement(evaluation: Evaluation) -> None:
@@ -117,10 +125,14 @@ def measure_agreement(evaluation: Evaluation) -> None:
         )
     ]
     text = f'a small CNN trained on real ROIs for {evaluation.config.classifier.epochs} epochs; floor: held-out ROIs'
-    parts = {'': [np.concatenate(side) for side in right]}
-    parts |= {label: [side[number] for side in right] for number, label in enumerate(evaluation.real.classes)}
-    for label, of_sides in parts.items():
-        shares = [float(np.mean(side)) for side in of_sides]
-        counts = len(of_sides[0]), len(of_sides[1])
-        values = [(share, 1.96 * math.sqrt(share * (1 - share) / n)) for share, n in zip(shares, counts, strict=True)]
-        evaluation.add(AGREEMENT, label, values, counts, 'floor', text)
+    by_class = [[(float(np.mean(hits)), _spread_of_share(hits)) for hits in side] for side in right]
+    for number, label in enumerate(evaluation.real.classes):
+        counts = len(right[0][number]), len(right[1][number])
+        evaluation.add(AGREEMENT, label, [side[number] for side in by_class], counts, 'floor', text)
+    # Each class counts alike, for the two sides may have other numbers of them.
+    means = [
+        (float(np.mean([value for value, _ in side])), math.hypot(*(spread for _, spread in side)) / len(side))
+        for side in by_class
+    ]
+    counts = sum(map(len, right[0])), sum(map(len, right[1]))
+    evaluation.add(AGREEMENT, '', means, counts, 'floor', f'{text}; mean over the classes')

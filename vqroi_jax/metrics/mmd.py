@@ -76,6 +76,31 @@ def cubic_kernel(x: jax.Array, y: jax.Array) -> jax.Array:
     return (jnp.einsum('nf,mf->nm', x, y, precision=_EXACT) / x.shape[1] + 1) ** 3
 
 
+def cubic_kernel_of_sets(seen: np.ndarray, block: int = 32) -> np.ndarray:
+    """`cubic_kernel` of samples that are sets of vectors: its mean over all pairs of a vector of one and of another.
+
+    What comes of one body is not independent. With this kernel `unbiased` pairs no sample with itself, so none of a
+    body's vectors with another of the same.
+
+    Args:
+        seen: `[n, vectors, features]`.
+        block: samples that are compared with all others at once.
+
+    Returns:
+        float32 `[n, n]`.
+    """
+    every = jnp.asarray(seen)
+    parts = [_cubic_kernel_of_sets(every[start : start + block], every) for start in range(0, len(every), block)]
+    return np.concatenate(jax.device_get(parts))
+
+
+@jax.jit
+def _cubic_kernel_of_sets(x: jax.Array, y: jax.Array) -> jax.Array:
+    (n, vectors, features), m = x.shape, len(y)
+    kernel = cubic_kernel(x.reshape(-1, features), y.reshape(-1, features))
+    return kernel.reshape(n, vectors, m, vectors).mean(axis=(1, 3))
+
+
 @jax.jit
 def unbiased(kernel: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """Unbiased estimate of the squared MMD between two of the sets that a kernel's matrix was computed for.
