@@ -478,6 +478,13 @@ def test_agreement_counts_classes_alike_and_its_floor_is_of_held_out_rois():
     assert found[''].spread == pytest.approx(np.sqrt(np.sum(np.square(both))) / 2)
 
 
+def test_a_boxs_surface_to_volume_is_per_millimetre():
+    box = np.zeros((1, 8, 8, 8), np.float32)
+    box[0, 2:6, 2:6, 2:6] = 0.5  # 8 mm a side
+    measured = voxels._measurements(of_one_class(box))
+    np.testing.assert_allclose([measured[name][0] for name in voxels.QUANTITIES], [0.512, 6 / 8, 0], atol=1e-6)
+
+
 def by_matrix_root(x, y):
     covariances = [np.cov(a, rowvar=False) for a in (x, y)]
     root = linalg.sqrtm(covariances[0] @ covariances[1]).real

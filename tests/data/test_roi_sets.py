@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vqroi_jax import prepare
-from vqroi_jax.data import samples
+from vqroi_jax.data import roi_sets, samples
 from vqroi_jax.data.learnt_from import LearntFrom, write_learnt_from
 from vqroi_jax.data.roi import to_volume
 from vqroi_jax.data.roi_sets import open_sets
@@ -153,3 +153,12 @@ def test_a_set_carries_whom_its_generator_has_learnt_from(tmp_path):
         assert other.learnt_from == {'P1', 'P2'}
         assert 'generator learnt from 2 patients, listed in its learnt_from.json' in other.facts
         assert one.sha256 != other.sha256  # what it was compared with before is to be compared anew
+
+
+def test_volumes_are_cropped_and_padded_evenly():
+    volume = np.arange(10.0)[:, None, None] * np.ones((1, 3, 2))
+    found = roi_sets._on_grid(volume, (1, 1, 1), (4, 3, 5), (1, 1, 1))
+    np.testing.assert_array_equal(found[:, 0, 1], [3, 4, 5, 6])
+    np.testing.assert_array_equal(found[0, 0], [3, 3, 3, 3, 3])
+    padded = roi_sets._on_grid(volume[2:4], (1, 1, 1), (5, 3, 2), (1, 1, 1))
+    np.testing.assert_array_equal(padded[:, 0, 0], [2, 2, 3, 2, 2])
