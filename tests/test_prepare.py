@@ -186,6 +186,13 @@ def test_what_is_prepared_is_used_again_until_something_changes(cohort, tmp_path
     assert len(open_cohort(tmp_path / 'out').scans) == 11
 
 
+def test_what_another_version_prepared_is_prepared_anew(good_cohort, tmp_path, capsys):
+    report = prepare.prepare(settings(good_cohort), tmp_path).report
+    (tmp_path / 'cohort.json').write_text(json.dumps(report | {'format': 1}))  # of ROIs with the axes of their files
+    assert prepare.prepare(settings(good_cohort), tmp_path).report == report
+    assert 'Another version of vqroi_jax has prepared' in capsys.readouterr().out
+
+
 def damage(cohort: Path) -> None:
     """Faults of two kinds: one seen in the folder, one only on reading the volume."""
     (cohort / 'HGG' / 'P01' / 'P01_seg.nii.gz').unlink()

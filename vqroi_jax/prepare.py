@@ -27,6 +27,7 @@ from vqroi_jax.data.pipeline import (
     COHORT_FILE,
     DATASET_FOLDER,
     FORMAT,
+    OtherFormatError,
     PreparedCohort,
     is_prepared,
     open_cohort,
@@ -80,8 +81,8 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
     synthetic = (Path(data.path).expanduser() / phantom.SETTINGS_FILE).exists()
     cohort = find_cohort(data)
     key = _key(settings, cohort)
-    if is_prepared(folder):
-        prepared = open_cohort(folder)
+    prepared = _open_if_prepared(folder)
+    if prepared:
         if prepared.report['key'] == key and (data.on_error == 'skip' or not prepared.report['problems']):
             print(f'Using the ROIs of {_counted(len(prepared.scans), "scan")} prepared in {folder}.')
             return prepared
@@ -100,6 +101,17 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
     prepared = open_cohort(folder)
     print(cohort_table(prepared.report))
     return prepared
+
+
+def _open_if_prepared(folder: Path) -> PreparedCohort | None:
+    """Opens what is there, if this version can read it."""
+    if not is_prepared(folder):
+        return None
+    try:
+        return open_cohort(folder)
+    except OtherFormatError:
+        print(f'Another version of vqroi_jax has prepared {folder}; preparing it again.')
+        return None
 
 
 def _prepare_in(scratch: Path, folder: Path, cohort: Cohort, data: ConfigDict, report: dict) -> None:

@@ -10,7 +10,8 @@ import pytest
 from vqroi_jax import prepare
 from vqroi_jax.data import samples
 from vqroi_jax.data.learnt_from import LearntFrom, write_learnt_from
-from vqroi_jax.data.roi import to_volume
+from vqroi_jax.data.phantom import CLASSES, make_phantom
+from vqroi_jax.data.roi import crop_roi, scale, to_nifti, to_volume
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.errors import InputError
 
@@ -140,6 +141,39 @@ def test_a_prepared_cohort_says_what_was_held_out(tmp_path):
         np.testing.assert_allclose(one.volumes[0], cohort.split('train').volume(0)[..., 0], atol=1e-6)
         assert one.volumes.min() == -1
         assert one.volumes.max() == 1
+
+
+@pytest.mark.parametrize('codes', [('LPS',), ('RAS',), ('PIR',), ('LPS', 'RAS')])
+def test_perfect_copies_of_a_cohort_of_any_axes_are_equal_to_it(tmp_path, codes):
+    rows, expected = ['id,image,mask,label'], {}
+    for number in range(4):
+        label = CLASSES[number % 2]
+        *arrays, affine = make_phantom(label, number, 8.0)
+        turn = nibabel.orientations.ornt_transform(
+            nibabel.orientations.axcodes2ornt('LPS'), nibabel.orientations.axcodes2ornt(codes[number // 2 % len(codes)])
+        )
+        for kind, voxels in zip(('image', 'mask'), arrays, strict=True):
+            turned = nibabel.Nifti1Image(voxels, affine).as_reoriented(turn)
+            nibabel.save(turned, tmp_path / f'{number}_{kind}.nii')
+        rows.append(f'{number},{number}_image.nii,{number}_mask.nii,{label}')
+        raw, _, _ = crop_roi(to_volume(arrays[0]), to_volume(arrays[1] > 0), (16, 16, 16))
+        expected[str(number)] = scale(raw, (0, raw.max()))
+    (tmp_path / 'all.csv').write_text('\n'.join(rows))
+    config = runpy.run_path(str(CONFIGS / 'prepare.py'))['get_config']('smoke')
+    config.data.path, config.data.roi_size, config.data.workers = str(tmp_path / 'all.csv'), (16, 16, 16), 1
+    config.data.split.val = config.data.split.test = 0.0
+    cohort = prepare.prepare(config.data, tmp_path / 'cohort')
+    source = cohort.split('train')
+    for i, name in enumerate(source.ids):
+        voxels = to_nifti(source.volume(i)[..., 0] + 1) / 2
+        image = samples.make_nifti(voxels, samples.centred_affine((16, 16, 16), cohort.spacing()), 'a copy')
+        label = cohort.classes[source.labels[i]]
+        samples.write_whole(tmp_path / 'made' / label / f'{name}.nii.gz', samples.pack(image))
+    with open_sets(str(tmp_path / 'cohort'), str(tmp_path / 'made'), settings(), tmp_path) as (one, other):
+        assert sorted(one.names) == sorted(other.names) == sorted(expected)
+        for i, name in enumerate(one.names):
+            np.testing.assert_allclose(one.volumes[i], expected[name], atol=1e-6)
+            np.testing.assert_allclose(other.volumes[other.names.index(name)], expected[name], atol=1e-6)
 
 
 def test_a_set_carries_whom_its_generator_has_learnt_from(tmp_path):

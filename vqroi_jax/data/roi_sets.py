@@ -16,17 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from ml_collections import ConfigDict
-from nibabel import orientations
 from scipy import ndimage
 from tqdm import tqdm
 
 from vqroi_jax.data import pipeline, samples
 from vqroi_jax.data.cohort import in_order
 from vqroi_jax.data.learnt_from import LEARNT_FROM_FILE, read_learnt_from
-from vqroi_jax.data.roi import scale, to_nifti, to_volume
+from vqroi_jax.data.roi import scale, to_brats, to_nifti, to_volume, voxel_spacing
 from vqroi_jax.data.splits import SPLITS
 from vqroi_jax.errors import InputError
 from vqroi_jax.workdir import require_space
@@ -34,7 +32,6 @@ from vqroi_jax.workdir import require_space
 INTENSITIES = ('as_is', 'each')
 GRIDS = ('same', 'resample')
 
-_AXES = ('L', 'P', 'S')  # of BraTS: voxels are counted to the left, to the back and up
 _SPACING_TOLERANCE = 0.01  # relative
 _NIFTI = re.compile(r'\.nii(\.gz)?$', re.IGNORECASE)
 
@@ -175,10 +172,7 @@ class _Source:
     def oriented(self, index: int) -> tuple[np.ndarray, tuple[float, float, float]]:
         """Volume [D, H, W] with the axes of BraTS, and its spacing along them."""
         voxels, affine = self.read(self.places[index])
-        turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(_AXES))
-        turned = orientations.apply_orientation(voxels, turn)
-        sides = nibabel.affines.voxel_sizes(affine @ orientations.inv_ornt_aff(turn, voxels.shape))
-        return to_volume(turned), (float(sides[2]), float(sides[0]), float(sides[1]))
+        return to_volume(to_brats(voxels, affine)[0]), voxel_spacing(affine)
 
     @functools.cached_property
     def grid(self) -> tuple[tuple[int, ...], tuple[float, float, float]]:
