@@ -92,6 +92,51 @@ def test_ranges_from_minus_one_are_a_convention_too_but_do_not_mix(tmp_path):
         np.testing.assert_allclose(one.volumes[0], to_volume(2 * image(0) - 1), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ('peak', 'low', 'intensity'), [(500.0, -0.5, 'each'), (1.0, -0.001, 'as_is'), (3.0, -1.2, 'each')]
+)
+def test_voxels_below_the_background_are_set_to_it_and_told(tmp_path, capsys, peak, low, intensity):
+    plain, marked = ([image(seed, peak=peak) for seed in (0, 1)] for _ in range(2))
+    for one, other in zip(plain, marked, strict=True):
+        one[4, 4, 4], other[4, 4, 4] = 0, low
+    real, fake = write(tmp_path / 'real', 'a', plain), write(tmp_path / 'fake', 'a', marked)
+    with open_sets(str(real), str(fake), settings(intensity=intensity), tmp_path) as (one, other):
+        np.testing.assert_allclose(other.volumes, one.volumes, atol=1e-6)
+        np.testing.assert_array_equal(other.volumes > -1, one.volumes > -1)
+        note = '2 voxels of 2 ROIs below the background, set to it'
+        assert note in other.facts
+        assert note not in one.facts
+    assert f'warning: config.fake={fake}: {note}' in capsys.readouterr().out
+    coarse = write(tmp_path / 'coarse', 'a', [np.zeros((12, 12, 12), np.float32)])
+    with open_sets(str(coarse), str(fake), settings(intensity='each', grid='resample'), tmp_path) as (_, other):
+        assert (other.volumes[:, 0] == -1).all()  # what a box is padded with
+
+
+@pytest.mark.parametrize('background', [-0.9999, -0.99])
+def test_a_background_that_is_not_quite_minus_one_is_background(tmp_path, background):
+    exact = [2 * image(seed) - 1 for seed in (0, 1)]
+    soft = [np.where(one == -1, np.float32(background), one) for one in exact]
+    real, fake = write(tmp_path / 'real', 'a', exact), write(tmp_path / 'fake', 'a', soft)
+    with open_sets(str(real), str(fake), settings(), tmp_path) as (one, other):
+        np.testing.assert_array_equal(other.volumes, one.volumes)
+        assert any('a little above the background' in fact for fact in other.facts)
+
+
+def test_a_tumour_that_fills_its_box_is_told_and_a_background_in_the_middle_refused(tmp_path):
+    exact = [2 * image(seed) - 1 for seed in (0, 1)]
+    real = write(tmp_path / 'real', 'a', exact)
+    fake = write(tmp_path / 'fake', 'a', [np.maximum(one, -0.9) for one in exact])
+    with open_sets(str(real), str(fake), settings(), tmp_path) as (one, other):
+        assert any('fills 100% of the box' in fact for fact in other.facts)
+        assert not any('of the box' in fact for fact in one.facts)
+    middle = write(tmp_path / 'middle', 'a', [np.where(one == -1, 0, one) for one in exact])
+    with (
+        pytest.raises(InputError, match=r'\[-1, 1\], the lowest being the background'),
+        open_sets(str(real), str(middle), settings(), tmp_path),
+    ):
+        pass
+
+
 def test_another_grid_is_brought_to_the_first_if_asked(tmp_path):
     fine, coarse = np.diag([-1.0, -1, 1, 1]), np.diag([-2.0, -2, 2, 1])
     voxels = [image(seed, (12, 12, 12)) for seed in (0, 1)]

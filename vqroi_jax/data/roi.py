@@ -157,6 +157,16 @@ def mask_box(mask: np.ndarray) -> tuple[slice, ...]:
     return tuple(box)
 
 
+def edge_voxels(array: np.ndarray) -> np.ndarray:
+    """The voxels [n] of a volume's twelve edges, its corners several times."""
+    first_last = [np.array([0, side - 1]) for side in array.shape]
+    edges = [
+        array[np.ix_(*[np.arange(array.shape[a]) if a == axis else first_last[a] for a in range(3)])]
+        for axis in range(3)
+    ]
+    return np.concatenate([edge.ravel() for edge in edges])
+
+
 def crop_roi(
     image: np.ndarray, mask: np.ndarray, size: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
@@ -420,12 +430,7 @@ def _background(image: _Nifti, tumour: np.ndarray) -> float:
         image: the whole volume.
         tumour: finite values [n] of the tumour, which say how large a difference matters.
     """
-    first_last = [np.array([0, side - 1]) for side in image.stored.shape]
-    edges = [
-        image.stored[np.ix_(*[np.arange(image.stored.shape[a]) if a == axis else first_last[a] for a in range(3)])]
-        for axis in range(3)
-    ]
-    values = image.values(np.concatenate([edge.ravel() for edge in edges])).astype(np.float64)
+    values = image.values(edge_voxels(image.stored)).astype(np.float64)
     values = values[np.isfinite(values)]
     if not values.size or not tumour.size:
         return 0.0
