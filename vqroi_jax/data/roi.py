@@ -167,6 +167,16 @@ def edge_voxels(array: np.ndarray) -> np.ndarray:
     return np.concatenate([edge.ravel() for edge in edges])
 
 
+def check_roi_size(size: Sequence[int]) -> None:
+    """Refuses a `data.roi_size` that is no size of a box.
+
+    Raises:
+        InputError: saying what is expected.
+    """
+    if len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise InputError(f'data.roi_size={tuple(size)}: expected three whole numbers above 0 (depth, height, width)')
+
+
 def crop_roi(
     image: np.ndarray, mask: np.ndarray, size: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
