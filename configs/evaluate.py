@@ -26,7 +26,8 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.fake = ''  # folder of the ROIs to judge
     config.classes = ()  # names of those to compare; empty: all, which both sides must have
     config.seed = 0  # of halves, pairs, bootstraps and the classifier, 0 to 2**32 - 1
-    # 'as_is': both sides must be in [0, 1] or in [-1, 1]; 'each': every ROI is scaled by its own largest intensity.
+    # 'as_is': both sides must be in [0, 1] or in [-1, 1]; 'each': every ROI is scaled from its background to its own
+    # largest intensity. Voxels a little below the background are set to it, and told.
     config.intensity = 'as_is'
     # 'same': both sides must have voxels of one size and ROIs of one shape; 'resample': the second is brought to the
     # first's.

@@ -48,13 +48,13 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     # Voxels below this share of the maximum count as background and are set to 0, unless tumour encloses them.
     intensity.background = 0.05
 
-    # NIfTI file whose affine the samples get. Empty: the axes of BraTS, voxels of the size that the model was trained
-    # on (1 mm if not known), and the ROI's middle at 0 mm.
+    # NIfTI file whose affine the samples get, turned to its axes. Empty: the axes of BraTS, voxels of the size that the
+    # model was trained on (1 mm if not known), and the ROI's middle at 0 mm.
     config.reference = ''
 
     config.paste = paste = ml_collections.ConfigDict()  # each sample also into a brain: pasted/CLASS/CLASS_0000.nii.gz
     paste.brain = ''  # NIfTI file to paste into; empty: none
-    paste.centre = ()  # its voxel (i, j, k) where the ROI's middle goes
+    paste.centre = ()  # its voxel (i, j, k) where the ROI's middle goes; the ROI is turned to the brain's axes
     # Intensity there of the brightest voxel that the model can draw; 0: the brain's own 99.5th percentile.
     paste.maximum = 0.0
 

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from vqroi_jax import generate, main
 from vqroi_jax.data import samples
 from vqroi_jax.data.learnt_from import LearntFrom
+from vqroi_jax.data.roi import to_nifti, to_volume
 from vqroi_jax.errors import InputError, Stopped
 from vqroi_jax.workdir import read_config
 
@@ -207,12 +208,18 @@ def test_the_header_says_millimetres_the_axes_of_brats_and_synthetic(model, tmp_
 
 
 def test_the_affine_can_be_that_of_a_reference(model, tmp_path, capsys):
-    affine = np.array([[0, -1.5, 0, 10], [1, 0, 0, -20], [0, 0, 2, 30], [0, 0, 0, 1.0]])
+    affine = np.array([[0, -1, 0, 10], [1.5, 0, 0, -20], [0, 0, 2, 30], [0, 0, 0, 1.0]])
     nibabel.save(nibabel.Nifti1Image(np.zeros((3, 4, 5), np.int16), affine), tmp_path / 'patient.nii.gz')
     generate.run(settings(reference=str(tmp_path / 'patient.nii.gz'), number=1), tmp_path / 'out')
     image = nibabel.load(tmp_path / 'out' / names('LGG', 1)[0])
     np.testing.assert_allclose(image.affine, affine, atol=1e-6)
     np.testing.assert_allclose(image.get_qform(), affine, atol=1e-5)
+    generate.run(settings(number=1), tmp_path / 'plain')
+    plain = np.asarray(nibabel.load(tmp_path / 'plain' / names('LGG', 1)[0]).dataobj)
+    # The sample's axes to the left and to the back are the reference's second and, from behind, its first.
+    np.testing.assert_array_equal(np.asarray(image.dataobj), plain[:, ::-1].transpose(1, 0, 2))
+    shown = [(tmp_path / folder / generate.FIGURE).read_bytes() for folder in ('out', 'plain')]
+    assert shown[0] == shown[1]
     assert 'warning' not in capsys.readouterr().out  # the voxels are of the size that the model was trained on
     model.spacing = (4.0, 4.0, 4.0)
     generate.run(settings(reference=str(tmp_path / 'patient.nii.gz'), number=1), tmp_path / 'other')
@@ -620,6 +627,38 @@ def test_a_pasted_roi_lies_at_its_place_in_the_brain(model, tmp_path, brain):
     assert [row['pasted'] for row in manifest(tmp_path / 'out')] == [
         row['file'].replace('samples/', 'pasted/') for row in manifest(tmp_path / 'out')
     ]
+
+
+@pytest.mark.parametrize('codes', ['LPS', 'RAS', 'AIR'])
+def test_a_pasted_roi_keeps_its_sides_in_a_brain_of_any_axes(codes):
+    brain = np.zeros((28, 30, 32), np.int16)
+    brain[4:-4, 4:-4, 4:-4] = 100
+    turn = nibabel.orientations.axcodes2ornt(codes)
+    affine = np.linalg.inv(nibabel.orientations.inv_ornt_aff(turn, brain.shape))
+    host = generate.Host(to_volume(brain), affine, 0.0, 250.0, (15, 13, 14))
+    assert nibabel.aff2axcodes(affine) == tuple(codes)
+    own = samples.centred_affine(SIZE, (1, 1, 1))
+    for d, h, w in [(4, 1, 6), (7, 5, 6), (4, 5, 2)]:
+        volume = np.full(SIZE, -1, np.float32)
+        volume[d, h, w] = 1
+        generate._check_fit(host, SIZE)
+        changed = np.argwhere(to_nifti(host.paste(volume, volume > -1) - host.brain))
+        places = nibabel.affines.apply_affine(affine, [*changed, (13, 14, 15)])
+        in_sample = nibabel.affines.apply_affine(own, [(h, w, d), (5, 6, 4)])
+        assert len(changed) == 1
+        np.testing.assert_allclose(places[0] - places[1], in_sample[0] - in_sample[1])
+
+
+def test_where_an_roi_fits_is_said_in_the_axes_of_the_brain():
+    # To the front, down and to the right: the ROI's width, depth and height, the latter two from their ends.
+    turn = nibabel.orientations.axcodes2ornt('AIR')
+    affine = np.linalg.inv(nibabel.orientations.inv_ornt_aff(turn, (28, 30, 32)))
+    host = generate.Host(np.zeros((32, 28, 30)), affine, 0.0, 1.0, (15, 13, 40))
+    with pytest.raises(
+        InputError,
+        match=r'centre=\(13, 40, 15\): an ROI of 10 x 12 x 8 .* choose i from 5 to 21, j from 3 to 25, k from 4 to 26',
+    ):
+        generate._check_fit(host, SIZE)
 
 
 @pytest.mark.parametrize('kind', ['int16', 'scaled', 'z-scored'])

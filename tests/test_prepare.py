@@ -18,7 +18,6 @@ import pytest
 from vqroi_jax import prepare
 from vqroi_jax.data.pipeline import Batches, is_prepared, open_cohort
 from vqroi_jax.data.roi import put_back, to_volume
-from vqroi_jax.data.splits import read_splits
 from vqroi_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +74,7 @@ def cohort(good_cohort, tmp_path) -> Path:
 
 def test_a_cohort_is_found_checked_split_and_stored(good_cohort, tmp_path, capsys):
     prepared = prepare.prepare(settings(good_cohort, workers=2), tmp_path)
-    splits = read_splits(tmp_path / 'splits.json')
+    splits = json.loads((tmp_path / 'splits.json').read_text())
     assert {name: len(ids) for name, ids in splits.items()} == {'train': 6, 'val': 2, 'test': 2}
     assert prepared.classes == ('LGG', 'HGG')
     assert prepared.roi_size == (16, 16, 16)
@@ -186,6 +185,29 @@ def test_what_is_prepared_is_used_again_until_something_changes(cohort, tmp_path
     assert len(open_cohort(tmp_path / 'out').scans) == 11
 
 
+def test_what_another_version_prepared_is_prepared_anew(good_cohort, tmp_path, capsys):
+    report = prepare.prepare(settings(good_cohort), tmp_path).report
+    (tmp_path / 'cohort.json').write_text(json.dumps(report | {'format': 1}))  # of ROIs with the axes of their files
+    assert prepare.prepare(settings(good_cohort), tmp_path).report == report
+    assert 'Another version of vqroi_jax has prepared' in capsys.readouterr().out
+
+
+def test_tumours_that_are_lost_in_the_background_are_told_by_name(cohort, tmp_path, capsys):
+    prepare.prepare(settings(cohort), tmp_path / 'before')
+    assert 'lost in it' not in capsys.readouterr().out
+    for name, dark in (('P01', 3), ('P03', 40), ('P05', 126)):  # of 315 voxels
+        path = cohort / 'HGG' / name / f'{name}_flair.nii.gz'
+        image = nibabel.load(path)
+        voxels = np.asarray(image.dataobj).astype(np.float32)
+        inside = tuple(np.argwhere(np.asarray(nibabel.load(str(path).replace('flair', 'seg')).dataobj))[:dark].T)
+        voxels[inside] = -1
+        nibabel.save(nibabel.Nifti1Image(voxels, image.affine), path)
+    report = prepare.prepare(settings(cohort), tmp_path / 'out').report
+    (warning,) = report['warnings']
+    assert 'in 2 scans (share of the tumour): P05 (40%), P03 (13%). Images' in warning
+    assert f'warning: {warning}' in capsys.readouterr().out
+
+
 def damage(cohort: Path) -> None:
     """Faults of two kinds: one seen in the folder, one only on reading the volume."""
     (cohort / 'HGG' / 'P01' / 'P01_seg.nii.gz').unlink()
@@ -260,11 +282,13 @@ def test_a_prepared_folder_is_a_cohort_too(good_cohort, tmp_path, capsys):
         ({'on_error': 'ignore'}, 'choose one of stop, skip'),
         ({'oversize': 'shrink'}, 'choose one of refuse, crop'),
         ({'workers': -1}, '0 for one a core'),
+        ({'mask_labels': (0, 1)}, r'data.mask_labels=\(0, 1\): 0 is the background'),
+        ({'path': '', 'phantom': {'patients': 2, 'seed': 0, 'spacing': 0.0}}, r'data.phantom.spacing is 0.0 mm'),
     ],
 )
 def test_settings_that_cannot_be(good_cohort, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
-        prepare.prepare(settings(good_cohort, **changes), tmp_path)
+        prepare.prepare(settings(**{'path': good_cohort, **changes}), tmp_path)
 
 
 def test_no_room_on_the_disk_is_said_before_anything_long(good_cohort, tmp_path, monkeypatch):

@@ -222,12 +222,13 @@ def test_masking_shows_eight_slices_of_a_deep_grid_and_says_which():
     assert any('8 of 20' in text for text in texts)
 
 
-def test_cohort_counts_every_patient():
+def test_cohort_counts_every_scan():
     volumes = {'LGG': [3.0, 5.0, 80.0], 'HGG': list(np.linspace(10, 200, 40)), 'none': []}
     figure = viz.cohort(rois(2), ['LGG', 'HGG'], ['a', 'b'], volumes)
     histogram = next(axes for axes in figure.axes if axes.get_xlabel() == 'tumour volume [mL]')
     labels = [text.get_text() for text in histogram.get_legend().get_texts()]
     assert labels == ['LGG: 3, median 5 mL', 'HGG: 40, median 105 mL', 'none: 0']
+    assert histogram.get_ylabel() == 'scans'
 
 
 def test_distributions_compare_real_with_synthetic_class_by_class():

@@ -24,7 +24,17 @@ from tqdm import tqdm
 from vqroi_jax import trained, viz
 from vqroi_jax.data import samples
 from vqroi_jax.data.learnt_from import LEARNT_FROM_FILE, write_learnt_from
-from vqroi_jax.data.roi import mask_box, put_back, scale, to_nifti, to_volume, unscale
+from vqroi_jax.data.roi import (
+    from_brats,
+    mask_box,
+    put_back,
+    scale,
+    to_brats,
+    to_nifti,
+    to_volume,
+    unscale,
+    voxel_spacing,
+)
 from vqroi_jax.errors import InputError, Stopped
 from vqroi_jax.stopping import stop_requests
 from vqroi_jax.training import partitioning
@@ -47,10 +57,10 @@ _SPACING_TOLERANCE = 0.01  # relative, of voxel sizes that should be the same
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """A brain to paste into.
+    """A brain to paste into, with the axes of its file; ROIs have those of BraTS and are turned to them.
 
     Attributes:
-        brain: [D, H, W] of whole numbers or float32.
+        brain: [D, H, W] = (k, i, j) of whole numbers or float32.
         affine: float64 [4, 4] for (i, j, k) = (H, W, D).
         background: the brain's intensity where it is none.
         maximum: intensity of a tumour voxel of value 1.
@@ -63,14 +73,21 @@ class Host:
     maximum: float
     centre: tuple[int, int, int]
 
-    def offset(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Where a box of `size` (D, H, W) around the centre starts; its middle is voxel size // 2."""
-        return tuple(place - side // 2 for place, side in zip(self.centre, size, strict=True))
+    def turned(self, volume: np.ndarray) -> np.ndarray:
+        """A view of an ROI's volume [D, H, W] with the axes of the brain."""
+        return to_volume(from_brats(to_nifti(volume), self.affine))
+
+    def middle(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Where in the box of an ROI of `size`, once it is turned, its voxel size // 2 lies: it goes to the centre."""
+        mark = np.zeros(size, bool)
+        mark[tuple(side // 2 for side in size)] = True
+        return tuple(int(place) for place in np.argwhere(self.turned(mark))[0])
 
     def paste(self, volume: np.ndarray, tumour: np.ndarray) -> np.ndarray:
-        """A copy of the brain with the voxels `tumour` (bool) of `volume` in it; both [D, H, W], volume in [-1, 1]."""
+        """A copy of the brain with the voxels `tumour` (bool) of `volume` in it; both [D, H, W], as BraTS."""
         values = unscale(volume, (self.background, self.maximum))
-        return put_back(self.brain, values, tumour, self.offset(volume.shape))
+        start = [place - middle for place, middle in zip(self.centre, self.middle(volume.shape), strict=True)]
+        return put_back(self.brain, self.turned(values), self.turned(tumour), start)
 
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
@@ -159,7 +176,8 @@ def generate(
         transformer: the trained model; its `sampler` is asked for the samples.
         config: as `configs/generate.py` has it, checked by `check_settings`.
         folder: the run's.
-        reference: affine [4, 4] of the samples; None for the axes of BraTS and the model's voxel size.
+        reference: affine [4, 4] of the samples, which are turned to its axes; None for the axes of BraTS and the
+            model's voxel size.
         host: the brain to paste every sample into; None for none.
 
     Raises:
@@ -287,7 +305,7 @@ class _Store:
             )
         tumour, values = to_intensities(volume, self._config.intensity)
         self.empty += not tumour.any()
-        images = [samples.make_nifti(to_nifti(values), self._affine, DESCRIPTION)]
+        images = [samples.make_nifti(from_brats(to_nifti(values), self._affine), self._affine, DESCRIPTION)]
         if self._host:
             images.append(_pasted_image(self._host, self._host.paste(volume, tumour)))
         self._write(self._row(label, index), images)
@@ -310,16 +328,16 @@ class _Store:
     def figures(self, labels: Sequence[str]) -> tuple[Figure, Figure]:
         """The first samples of each class, from the files, with their tumour volumes: in slices, and as surfaces."""
         shown = min(self._config.number, self._config.figure_samples)
-        cubic_mm = abs(np.linalg.det(self._affine[:3, :3]))
         volumes, titles = [], []
         for label in labels:
             for path in (self._paths(self._row(label, index))[0] for index in range(shown)):
-                voxels = to_volume(samples.read_voxels(samples.load_nifti(path, str(path)), str(path)))
+                stored = samples.read_voxels(samples.load_nifti(path, str(path)), str(path))
+                voxels = to_volume(to_brats(stored, self._affine)[0])
                 volumes.append(scale(voxels, (0, self._config.intensity.maximum)))
-                tumour = np.count_nonzero(voxels) * cubic_mm / 1000
+                tumour = np.count_nonzero(voxels) * abs(np.linalg.det(self._affine[:3, :3])) / 1000
                 titles.append(f'{path.name.removesuffix(".nii.gz")}, {tumour:.1f} mL')
         headings = [f'{label}: SYNTHETIC samples' for label in labels for _ in range(shown)]
-        shown_as = np.stack(volumes), headings, titles, _spacing(self._affine)
+        shown_as = np.stack(volumes), headings, titles, voxel_spacing(self._affine)
         return viz.contact_sheet(*shown_as), viz.surfaces(*shown_as)
 
     def _row(self, label: str, index: int) -> dict[str, str]:
@@ -412,14 +430,16 @@ def _chosen(asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
 
 def _check_fit(host: Host, size: Sequence[int]) -> None:
     """Refuses an ROI of `size` (D, H, W) that does not lie in the brain's volume as a whole."""
+    middle = host.middle(size)
+    size = host.turned(np.empty(size, bool)).shape
     roi, brain = (' x '.join(map(str, sides)) for sides in (size, host.brain.shape))
     room = [length - side for side, length in zip(size, host.brain.shape, strict=True)]
     if min(room) < 0:
         raise InputError(
             f'config.paste.brain: an ROI of {roi} voxels (depth, height, width) does not fit into its {brain}'
         )
-    if not all(0 <= start <= most for start, most in zip(host.offset(size), room, strict=True)):
-        depth, *others = (f'{side // 2} to {side // 2 + most}' for side, most in zip(size, room, strict=True))
+    if not all(0 <= at - first <= most for at, first, most in zip(host.centre, middle, room, strict=True)):
+        depth, *others = (f'{first} to {first + most}' for first, most in zip(middle, room, strict=True))
         spans = ', '.join(f'{name} from {span}' for name, span in zip('ijk', (*others, depth), strict=True))
         k, i, j = host.centre
         raise InputError(
@@ -428,18 +448,12 @@ def _check_fit(host: Host, size: Sequence[int]) -> None:
         )
 
 
-def _spacing(affine: np.ndarray) -> tuple[float, ...]:
-    """mm a voxel along (D, H, W)."""
-    height, width, depth = nibabel.affines.voxel_sizes(affine)
-    return float(depth), float(height), float(width)
-
-
 def _warn_of_spacing(trained_spacing: Sequence[float] | None, affines: Mapping[str, np.ndarray | None]) -> None:
     """Prints a line on each file of the config whose voxels have not the size that the model was trained on."""
     for field, affine in affines.items():
         if trained_spacing is None or affine is None:
             continue
-        found = _spacing(affine)
+        found = voxel_spacing(affine)
         if not np.allclose(found, trained_spacing, rtol=_SPACING_TOLERANCE, atol=0):
             there, expected = (' x '.join(f'{mm:g}' for mm in size) for size in (found, trained_spacing))
             print(

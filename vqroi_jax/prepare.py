@@ -27,11 +27,12 @@ from vqroi_jax.data.pipeline import (
     COHORT_FILE,
     DATASET_FOLDER,
     FORMAT,
+    OtherFormatError,
     PreparedCohort,
     is_prepared,
     open_cohort,
 )
-from vqroi_jax.data.roi import scale
+from vqroi_jax.data.roi import check_roi_size, scale
 from vqroi_jax.data.splits import SPLITS, count_patients, split_patients, write_splits
 from vqroi_jax.errors import InputError
 from vqroi_jax.workdir import open_workdir, require_space, write_atomically
@@ -40,6 +41,8 @@ _SCRATCH = '.preparing'
 _PHANTOM_VOXELS = 240 * 240 * 155  # at 1 mm
 _SHOWN = 8  # ROIs of each class in the figure
 _DISK_RESERVE = 2**26  # bytes, for what is small
+_CLIPPED = 0.01  # of a tumour below the background, above which its image is not taken to be meant so
+_NAMED = 8  # scans in a warning
 _COUNTS = {  # of `Roi.counts`, those that say something is odd
     'negative_voxels': 'below the background, clipped to it',
     'nan_voxels': 'not a number, set to the background',
@@ -80,8 +83,8 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
     synthetic = (Path(data.path).expanduser() / phantom.SETTINGS_FILE).exists()
     cohort = find_cohort(data)
     key = _key(settings, cohort)
-    if is_prepared(folder):
-        prepared = open_cohort(folder)
+    prepared = _open_if_prepared(folder)
+    if prepared:
         if prepared.report['key'] == key and (data.on_error == 'skip' or not prepared.report['problems']):
             print(f'Using the ROIs of {_counted(len(prepared.scans), "scan")} prepared in {folder}.')
             return prepared
@@ -102,6 +105,17 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
     return prepared
 
 
+def _open_if_prepared(folder: Path) -> PreparedCohort | None:
+    """Opens what is there, if this version can read it."""
+    if not is_prepared(folder):
+        return None
+    try:
+        return open_cohort(folder)
+    except OtherFormatError:
+        print(f'Another version of vqroi_jax has prepared {folder}; preparing it again.')
+        return None
+
+
 def _prepare_in(scratch: Path, folder: Path, cohort: Cohort, data: ConfigDict, report: dict) -> None:
     """Crops, splits and stores in `scratch`, then moves the result to `folder`."""
     told = 'left out' if data.on_error == 'skip' else 'cannot be used'
@@ -117,6 +131,7 @@ def _prepare_in(scratch: Path, folder: Path, cohort: Cohort, data: ConfigDict, r
         scan.id: (scan, crop_path(scratch / 'crops', n)) for n, scan in enumerate(cohort.scans) if scan.id in crops
     }
     splits, warnings = split_patients([scan for scan, _ in usable.values()], cohort.classes, data.split)
+    warnings += _clipped(crops)
     records = {
         name: [(scan.id, scan.patient, scan.label, path) for scan, path in map(usable.__getitem__, ids)]
         for name, ids in splits.items()
@@ -143,6 +158,22 @@ def _prepare_in(scratch: Path, folder: Path, cohort: Cohort, data: ConfigDict, r
     (folder / 'figures').mkdir(exist_ok=True)
     figure.savefig(folder / 'figures' / 'cohort.png')
     write_atomically(folder / COHORT_FILE, json.dumps(report, indent=1) + '\n')
+
+
+def _clipped(crops: Mapping[str, dict]) -> list[str]:
+    """A warning of the scans that lose a good part of their tumours below the background; none if there are none."""
+    counts = {name: crop['counts'] for name, crop in crops.items()}
+    shares = {name: count['negative_voxels'] / count['tumour_voxels'] for name, count in counts.items()}
+    lost = sorted((name for name, share in shares.items() if share > _CLIPPED), key=lambda name: -shares[name])
+    if not lost:
+        return []
+    named = ', '.join(f'{name} ({shares[name]:.0%})' for name in lost[:_NAMED])
+    more = f' and {len(lost) - _NAMED} more' if len(lost) > _NAMED else ''
+    return [
+        f'dark voxels of tumours lie below the background and are lost in it, in {_counted(len(lost), "scan")} (share '
+        f'of the tumour): {named}{more}. Images that were z-scored around a background left at 0 are like that; give '
+        'ones whose background is the darkest'
+    ]
 
 
 def cohort_table(report: Mapping) -> str:
@@ -206,10 +237,9 @@ def _class_lines(report: Mapping) -> list[str]:
 
 def _check_settings(data: ConfigDict) -> None:
     """Refuses what no cohort could make right."""
-    if len(data.roi_size) != 3 or not all(isinstance(side, int) and side > 0 for side in data.roi_size):
-        raise InputError(
-            f'data.roi_size={tuple(data.roi_size)}: expected three whole numbers above 0 (depth, height, width)'
-        )
+    check_roi_size(data.roi_size)
+    if 0 in data.mask_labels:
+        raise InputError(f'data.mask_labels={tuple(data.mask_labels)}: 0 is the background; expected labels of tumour')
     for field, known in (('on_error', ('stop', 'skip')), ('oversize', ('refuse', 'crop'))):
         if data[field] not in known:
             raise InputError(f'data.{field}={data[field]!r} is not known; choose one of {", ".join(known)}')
@@ -245,6 +275,7 @@ def _phantom_data(data: ConfigDict, folder: Path) -> ConfigDict:
     """Writes the phantom cohort and returns settings that point to it."""
     path = folder / 'phantom'
     print(f'No --config.data.path: using SYNTHETIC phantoms, not patients, in {path}.')
+    phantom.check_settings(data.phantom)
     if not path.exists():
         voxels = 2 * data.phantom.patients * _PHANTOM_VOXELS / data.phantom.spacing**3
         require_space(folder, _DISK_RESERVE + int(voxels), 'the phantom cohort')  # less than a byte a voxel, by gzip

@@ -353,7 +353,7 @@ def fails(data, message: str) -> None:
 
 
 def test_no_path_or_one_to_nowhere(data, root):
-    fails(data, 'no patients found; looked 5 folders deep for CLASS/ID/ID_{flair}')
+    fails(data, 'no patients found; looked 5 folders deep for CLASS/ID/ID_flair.nii.gz and ID_seg.nii.gz')
     data.path = ''
     fails(data, 'data.path is empty')
     data.path = str(root / 'gone')
@@ -412,6 +412,8 @@ def test_a_wrong_layout(there, asked, message, data, root):
     ('lines', 'message'),
     [
         ([], 'must name the columns id, image, mask, label, separated by commas; it has: nothing'),
+        (['id,image,mask,label, Label', 'a,i,m,LGG,HGG'], 'the first line names the column label twice'),
+        (['id,image,mask,label', '', 'a,i,m,LGG,', 'b,i,m,grade 2, IDH-mutant'], 'line 4 has 5 values.* 4 columns'),
         (['id;image;mask;label'], r'it has: id;image;mask;label'),
         (['id,image,mask,label'], 'no scans: expected lines of id,image,mask,label'),
     ],

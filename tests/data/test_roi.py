@@ -14,10 +14,12 @@ from vqroi_jax.data.cohort import find_cohort
 from vqroi_jax.data.roi import (
     PatientError,
     crop_roi,
+    from_brats,
     mask_box,
     put_back,
     read_roi,
     scale,
+    to_brats,
     to_nifti,
     to_volume,
     unscale,
@@ -104,6 +106,31 @@ def test_depth_height_width_are_nifti_axes_2_0_1(brain, mask, write_scan, data):
         assert roi.raw[d, h, w] == brain[i, j, k]
     assert not roi.raw[~roi.mask].any()
     assert to_nifti(to_volume(brain)).shape == brain.shape
+
+
+@pytest.mark.parametrize('oblique', [False, True])
+@pytest.mark.parametrize('codes', ['LPS', 'RAS', 'PIR', 'SLA'])
+def test_a_scan_of_any_axes_gives_the_roi_of_brats_and_takes_it_back(codes, oblique, brain, mask, write_scan, data):
+    affine = np.diag([-1, -1, 1.5, 1])
+    if oblique:
+        affine = nibabel.affines.from_matvec(nibabel.eulerangles.euler2mat(0.2, -0.3, 0.1)) @ affine
+    expected = read_roi(write_scan(brain, mask, affine, affine), data)
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt('LPS'), nibabel.orientations.axcodes2ornt(codes)
+    )
+    image, labels = (nibabel.Nifti1Image(voxels, affine).as_reoriented(turn) for voxels in (brain, mask))
+    stored = np.asanyarray(image.dataobj)
+    roi = read_roi(write_scan(stored, np.asanyarray(labels.dataobj), image.affine, image.affine), data)
+    np.testing.assert_array_equal(roi.raw, expected.raw)
+    np.testing.assert_array_equal(roi.mask, expected.mask)
+    np.testing.assert_allclose(roi.affine, expected.affine, atol=1e-5)
+    assert (roi.offset, roi.shape, roi.counts) == (expected.offset, expected.shape, expected.counts)
+    np.testing.assert_allclose(roi.spacing, (1.5, 1, 1), rtol=1e-6)
+    assert nibabel.aff2axcodes(roi.affine) == ('L', 'P', 'S')
+
+    hollow, _ = to_brats(np.where(labels.dataobj, 0, stored), image.affine)
+    back = to_nifti(put_back(to_volume(hollow), roi.raw, roi.mask, roi.offset))
+    np.testing.assert_array_equal(from_brats(back, image.affine), stored)
 
 
 @pytest.mark.parametrize('ending', ['.nii.gz', '.nii'])

@@ -10,7 +10,8 @@ import pytest
 from vqroi_jax import prepare
 from vqroi_jax.data import roi_sets, samples
 from vqroi_jax.data.learnt_from import LearntFrom, write_learnt_from
-from vqroi_jax.data.roi import to_volume
+from vqroi_jax.data.phantom import CLASSES, make_phantom
+from vqroi_jax.data.roi import crop_roi, scale, to_nifti, to_volume
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.errors import InputError
 
@@ -91,6 +92,51 @@ def test_ranges_from_minus_one_are_a_convention_too_but_do_not_mix(tmp_path):
         np.testing.assert_allclose(one.volumes[0], to_volume(2 * image(0) - 1), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ('peak', 'low', 'intensity'), [(500.0, -0.5, 'each'), (1.0, -0.001, 'as_is'), (3.0, -1.2, 'each')]
+)
+def test_voxels_below_the_background_are_set_to_it_and_told(tmp_path, capsys, peak, low, intensity):
+    plain, marked = ([image(seed, peak=peak) for seed in (0, 1)] for _ in range(2))
+    for one, other in zip(plain, marked, strict=True):
+        one[4, 4, 4], other[4, 4, 4] = 0, low
+    real, fake = write(tmp_path / 'real', 'a', plain), write(tmp_path / 'fake', 'a', marked)
+    with open_sets(str(real), str(fake), settings(intensity=intensity), tmp_path) as (one, other):
+        np.testing.assert_allclose(other.volumes, one.volumes, atol=1e-6)
+        np.testing.assert_array_equal(other.volumes > -1, one.volumes > -1)
+        note = '2 voxels of 2 ROIs below the background, set to it'
+        assert note in other.facts
+        assert note not in one.facts
+    assert f'warning: config.fake={fake}: {note}' in capsys.readouterr().out
+    coarse = write(tmp_path / 'coarse', 'a', [np.zeros((12, 12, 12), np.float32)])
+    with open_sets(str(coarse), str(fake), settings(intensity='each', grid='resample'), tmp_path) as (_, other):
+        assert (other.volumes[:, 0] == -1).all()  # what a box is padded with
+
+
+@pytest.mark.parametrize('background', [-0.9999, -0.99])
+def test_a_background_that_is_not_quite_minus_one_is_background(tmp_path, background):
+    exact = [2 * image(seed) - 1 for seed in (0, 1)]
+    soft = [np.where(one == -1, np.float32(background), one) for one in exact]
+    real, fake = write(tmp_path / 'real', 'a', exact), write(tmp_path / 'fake', 'a', soft)
+    with open_sets(str(real), str(fake), settings(), tmp_path) as (one, other):
+        np.testing.assert_array_equal(other.volumes, one.volumes)
+        assert any('a little above the background' in fact for fact in other.facts)
+
+
+def test_a_tumour_that_fills_its_box_is_told_and_a_background_in_the_middle_refused(tmp_path):
+    exact = [2 * image(seed) - 1 for seed in (0, 1)]
+    real = write(tmp_path / 'real', 'a', exact)
+    fake = write(tmp_path / 'fake', 'a', [np.maximum(one, -0.9) for one in exact])
+    with open_sets(str(real), str(fake), settings(), tmp_path) as (one, other):
+        assert any('fills 100% of the box' in fact for fact in other.facts)
+        assert not any('of the box' in fact for fact in one.facts)
+    middle = write(tmp_path / 'middle', 'a', [np.where(one == -1, 0, one) for one in exact])
+    with (
+        pytest.raises(InputError, match=r'\[-1, 1\], the lowest being the background'),
+        open_sets(str(real), str(middle), settings(), tmp_path),
+    ):
+        pass
+
+
 def test_another_grid_is_brought_to_the_first_if_asked(tmp_path):
     fine, coarse = np.diag([-1.0, -1, 1, 1]), np.diag([-2.0, -2, 2, 1])
     voxels = [image(seed, (12, 12, 12)) for seed in (0, 1)]
@@ -140,6 +186,39 @@ def test_a_prepared_cohort_says_what_was_held_out(tmp_path):
         np.testing.assert_allclose(one.volumes[0], cohort.split('train').volume(0)[..., 0], atol=1e-6)
         assert one.volumes.min() == -1
         assert one.volumes.max() == 1
+
+
+@pytest.mark.parametrize('codes', [('LPS',), ('RAS',), ('PIR',), ('LPS', 'RAS')])
+def test_perfect_copies_of_a_cohort_of_any_axes_are_equal_to_it(tmp_path, codes):
+    rows, expected = ['id,image,mask,label'], {}
+    for number in range(4):
+        label = CLASSES[number % 2]
+        *arrays, affine = make_phantom(label, number, 8.0)
+        turn = nibabel.orientations.ornt_transform(
+            nibabel.orientations.axcodes2ornt('LPS'), nibabel.orientations.axcodes2ornt(codes[number // 2 % len(codes)])
+        )
+        for kind, voxels in zip(('image', 'mask'), arrays, strict=True):
+            turned = nibabel.Nifti1Image(voxels, affine).as_reoriented(turn)
+            nibabel.save(turned, tmp_path / f'{number}_{kind}.nii')
+        rows.append(f'{number},{number}_image.nii,{number}_mask.nii,{label}')
+        raw, _, _ = crop_roi(to_volume(arrays[0]), to_volume(arrays[1] > 0), (16, 16, 16))
+        expected[str(number)] = scale(raw, (0, raw.max()))
+    (tmp_path / 'all.csv').write_text('\n'.join(rows))
+    config = runpy.run_path(str(CONFIGS / 'prepare.py'))['get_config']('smoke')
+    config.data.path, config.data.roi_size, config.data.workers = str(tmp_path / 'all.csv'), (16, 16, 16), 1
+    config.data.split.val = config.data.split.test = 0.0
+    cohort = prepare.prepare(config.data, tmp_path / 'cohort')
+    source = cohort.split('train')
+    for i, name in enumerate(source.ids):
+        voxels = to_nifti(source.volume(i)[..., 0] + 1) / 2
+        image = samples.make_nifti(voxels, samples.centred_affine((16, 16, 16), cohort.spacing()), 'a copy')
+        label = cohort.classes[source.labels[i]]
+        samples.write_whole(tmp_path / 'made' / label / f'{name}.nii.gz', samples.pack(image))
+    with open_sets(str(tmp_path / 'cohort'), str(tmp_path / 'made'), settings(), tmp_path) as (one, other):
+        assert sorted(one.names) == sorted(other.names) == sorted(expected)
+        for i, name in enumerate(one.names):
+            np.testing.assert_allclose(one.volumes[i], expected[name], atol=1e-6)
+            np.testing.assert_allclose(other.volumes[other.names.index(name)], expected[name], atol=1e-6)
 
 
 def test_a_set_carries_whom_its_generator_has_learnt_from(tmp_path):

@@ -408,6 +408,8 @@ def test_draws_depend_on_seed_step_and_row_only():
     ('change', 'words'),
     [
         ({'data.roi_size': (16, 17, 16)}, ('height 17', 'divide by 2')),
+        ({'data.roi_size': (16, 16)}, ('data.roi_size=(16, 16)', 'three whole numbers')),
+        ({'data.roi_size': (16, 16, 16, 16)}, ('data.roi_size=(16, 16, 16, 16)', 'three whole numbers')),
         ({'model.channels': (10,)}, ('model.channels', '10', 'num_groups=4')),
         ({'model.encoder_res_blocks': (1, 1)}, ('encoder_res_blocks has 2 entries',)),
         ({'discriminator.channels': (8, 16, 32)}, ('depth 16 is too small', '32')),

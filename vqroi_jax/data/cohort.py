@@ -18,11 +18,11 @@ import ml_collections
 
 from vqroi_jax.errors import InputError
 
-LAYOUTS = {  # name -> what its patients look like, for messages
-    'brats2019': 'CLASS/ID/ID_{flair}.nii.gz and ID_seg.nii.gz (BraTS 2018 and 2019)',
-    'brats2020': 'ID/ID_{flair}.nii.gz and ID_seg.nii.gz, the grade in name_mapping.csv (BraTS 2020)',
-    'brats2021': 'ID/ID_{flair}.nii.gz and ID_seg.nii.gz, the class in data.grades_csv (BraTS 2021)',
-    'brats2023': 'ID/ID-{t2f}.nii.gz and ID-seg.nii.gz, the class in data.grades_csv (BraTS 2023)',
+LAYOUTS = {  # name -> what its patients look like, for messages; FLAIR stands for every modality
+    'brats2019': 'CLASS/ID/ID_flair.nii.gz and ID_seg.nii.gz (BraTS 2018 and 2019)',
+    'brats2020': 'ID/ID_flair.nii.gz and ID_seg.nii.gz, the grade in name_mapping.csv (BraTS 2020)',
+    'brats2021': 'ID/ID_flair.nii.gz and ID_seg.nii.gz, the class in data.grades_csv (BraTS 2021)',
+    'brats2023': 'ID/ID-t2f.nii.gz and ID-seg.nii.gz, the class in data.grades_csv (BraTS 2023)',
     'manifest': 'a CSV file with the columns id,image,mask,label',
 }
 MANIFEST_COLUMNS = ('id', 'image', 'mask', 'label')
@@ -185,7 +185,7 @@ def _read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
         with path.open(newline='', encoding='utf-8-sig') as file:
             reader = csv.reader(file)
             header = [name.strip().lower() for name in next(reader, [])]
-            rows = [[value.strip() for value in row] for row in reader]
+            rows = [(reader.line_num, [value.strip() for value in row]) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f'{path}: not readable as a CSV file in UTF-8 ({error})') from error
     missing = [name for name in columns if name not in header]
@@ -194,7 +194,15 @@ def _read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
             f'{path}: the first line must name the column{"s" * (len(missing) > 1)} {", ".join(missing)}, '
             f'separated by commas; it has: {", ".join(header) or "nothing"}'
         )
-    return [dict(zip(header, row + [''] * len(header), strict=False)) for row in rows if any(row)]
+    if twice := [name for number, name in enumerate(header) if name and name in header[:number]]:
+        raise InputError(f'{path}: the first line names the column {twice[0]} twice; expected each once')
+    for line, row in rows:
+        if any(row[len(header) :]):
+            raise InputError(
+                f'{path}: line {line} has {len(row)} values, the first line names {len(header)} columns; expected no '
+                'more, and quotes around a value with a comma'
+            )
+    return [dict(zip(header, row + [''] * len(header), strict=False)) for _, row in rows if any(row)]
 
 
 def _manifest_scans(path: Path, data: ml_collections.ConfigDict) -> tuple[list[Scan], list[Problem]]:
@@ -302,7 +310,8 @@ def _folder_scans(root: Path, data: ml_collections.ConfigDict) -> tuple[str, lis
         raise InputError(
             f'data.path={data.path}: no patients found; looked {MAX_DEPTH} folders deep for '
             + '; '.join(LAYOUTS[name] for name in LAYOUTS if name != 'manifest')
-            + '. Another cohort needs a CSV manifest (id,image,mask,label) as data.path'
+            + ' (or the files of another data.modality). Another cohort needs a CSV manifest (id,image,mask,label) as '
+            'data.path'
         )
     mapped, key_of = _read_name_mapping(mappings)
     grades = _read_grades(Path(data.grades_csv).expanduser()) if data.grades_csv else {}

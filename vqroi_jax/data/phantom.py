@@ -234,14 +234,23 @@ def _write_patient(task: tuple[str, str, tuple[int, int], float]) -> None:
         nifti.to_filename(path / f'{path.name}_{suffix}.nii.gz')  # nibabel packs at level 1
 
 
-def _settings(phantom: ConfigDict) -> dict:
-    """The settings that make a cohort what it is, checked."""
+def check_settings(phantom: ConfigDict) -> None:
+    """Refuses settings of which no cohort can be drawn.
+
+    Raises:
+        InputError: naming the setting and what it may be.
+    """
     if phantom.patients < 1:
         raise InputError(f'data.phantom.patients is {phantom.patients}; give at least 1 patient of each class')
     if not 0.5 <= phantom.spacing <= 8:
         raise InputError(f'data.phantom.spacing is {phantom.spacing} mm; give one from 0.5 to 8')
     if phantom.seed < 0:
         raise InputError(f'data.phantom.seed is {phantom.seed}; give a whole number from 0 up')
+
+
+def _settings(phantom: ConfigDict) -> dict:
+    """The settings that make a cohort what it is, checked."""
+    check_settings(phantom)
     numbers = {
         'patients': int(phantom.patients),
         'seed': int(phantom.seed),

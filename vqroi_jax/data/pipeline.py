@@ -25,11 +25,15 @@ from vqroi_jax.errors import InputError
 
 COHORT_FILE = 'cohort.json'  # written last: a folder that has it is prepared to the end
 DATASET_FOLDER = 'brats_roi'
-FORMAT = 1  # of cohort.json and the records: raise it when either changes
+FORMAT = 2  # of cohort.json and the records: raise it when either changes, in what it means too
 
 Batch = dict[str, np.ndarray]
 
 _STREAM_ROWS = 2**50  # ROIs that a training stream holds: for ever
+
+
+class OtherFormatError(InputError):
+    """A cohort that another version of this package has prepared."""
 
 
 class Source(Protocol):
@@ -50,7 +54,7 @@ class Source(Protocol):
 
 
 class RoiSource:
-    """Random access to the ROIs of one split, in the order of `splits.json`; what Grain calls a data source."""
+    """Random access to the ROIs of one split, in the order of `cohort.json`; what Grain calls a data source."""
 
     def __init__(self, name: str, ids: Sequence[str], labels: Sequence[int], records: Sequence[dict]):
         self.name = name
@@ -148,7 +152,7 @@ def open_cohort(folder: Path) -> PreparedCohort:
     try:
         report = json.loads((folder / COHORT_FILE).read_text(encoding='utf-8'))
         if report['format'] != FORMAT:
-            raise InputError(
+            raise OtherFormatError(
                 f'{folder / COHORT_FILE} was written by another version of vqroi_jax; remove it and {remedy}'
             )
         scans = {scan['id']: scan for scan in report['scans']}

@@ -1,8 +1,9 @@
 """From a NIfTI image and mask to a region of interest (ROI), and back into the brain.
 
-Second step of the data's way: `read_roi` opens what `vqroi_jax.data.cohort` found, checks it, and crops. Arrays
-here are [depth, height, width] = NIfTI axes (2, 0, 1); see `to_volume` and `to_nifti`. NumPy and nibabel only, so
-that the processes that prepare a cohort start fast. Most of a patient's time is gzip: of the image, only the
+Second step of the data's way: `read_roi` opens what `vqroi_jax.data.cohort` found, checks it, turns it to the axes of
+BraTS and crops. Volumes here are [depth, height, width] = (up, to the left, to the back), which are the NIfTI axes
+(2, 0, 1) of BraTS; see `to_brats` and `to_volume`, and for the way back `to_nifti` and `from_brats`. NumPy and nibabel
+only, so that the processes that prepare a cohort start fast. Most of a patient's time is gzip: of the image, only the
 tumour's box and the volume's edges are looked at.
 """
 
@@ -17,10 +18,12 @@ from typing import Any
 import ml_collections
 import nibabel
 import numpy as np
+from nibabel import orientations
 
 from vqroi_jax.data.cohort import Problem, Scan
 from vqroi_jax.errors import InputError
 
+BRATS_AXES = ('L', 'P', 'S')  # voxels are counted to the left, to the back and up
 AFFINE_TOLERANCE = 0.1  # voxels that image and mask may lie apart at a corner of the volume
 BACKGROUND_TOLERANCE = 1e-3  # of the tumour's contrast, within which the background counts as constant
 BACKGROUND_SHARE = 0.5  # of the volume's edges that must have the background's value
@@ -58,8 +61,8 @@ class Roi:
             float32, or float64 where float32 could not hold the image's values exactly.
         mask: bool [D, H, W], the tumour.
         offset: where the voxel (0, 0, 0) of the box lies in the full volume (D, H, W); may be negative.
-        shape: the full volume's (D, H, W).
-        affine: float64 [4, 4] of the full NIfTI volume, so for (i, j, k) = (H, W, D).
+        shape: the full volume's (D, H, W), with the axes of BraTS as all here.
+        affine: float64 [4, 4] of the full NIfTI volume as `to_brats` turns it, so for (i, j, k) = (H, W, D).
         range: what `scale` takes: 0 (the background) and the largest value of `raw`.
         background: what was subtracted from the image; 0 unless its background was a constant other than 0.
         counts: 'tumour_voxels' in the box; of these 'nan_voxels' (NaN or infinite), 'negative_voxels' (below the
@@ -80,13 +83,38 @@ class Roi:
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Millimetres a voxel along D, H, W."""
-        height, width, depth = nibabel.affines.voxel_sizes(self.affine)
-        return float(depth), float(height), float(width)
+        return voxel_spacing(self.affine)
 
     @property
     def volume(self) -> np.ndarray:
         """float32 [D, H, W] in [-1, 1]: what the networks see."""
         return scale(self.raw, self.range)
+
+
+def to_brats(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turns a NIfTI array [i, j, k] to the axes of BraTS; of oblique axes each becomes the nearest.
+
+    Returns:
+        A view of the array, and its affine [4, 4]; both as they were if they have those axes already.
+    """
+    stored = orientations.io_orientation(affine)
+    turn = orientations.ornt_transform(stored, orientations.axcodes2ornt(BRATS_AXES))
+    if np.array_equal(turn, orientations.axcodes2ornt('RAS')):  # that of NIfTI, which leaves all in place
+        return array, affine
+    return orientations.apply_orientation(array, turn), affine @ orientations.inv_ornt_aff(turn, array.shape)
+
+
+def from_brats(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Returns a view of an array with the axes of BraTS that has those of `affine`, a file's: undoes `to_brats`."""
+    stored = orientations.io_orientation(affine)
+    turn = orientations.ornt_transform(orientations.axcodes2ornt(BRATS_AXES), stored)
+    return orientations.apply_orientation(array, turn)
+
+
+def voxel_spacing(affine: np.ndarray) -> tuple[float, float, float]:
+    """Millimetres a voxel along D, H, W, of a NIfTI volume with any axes."""
+    height, width, depth = nibabel.affines.voxel_sizes(to_brats(np.empty((1, 1, 1)), affine)[1])
+    return float(depth), float(height), float(width)
 
 
 def to_volume(array: np.ndarray) -> np.ndarray:
@@ -120,13 +148,33 @@ def mask_box(mask: np.ndarray) -> tuple[slice, ...]:
     """
     box = [slice(None)] * mask.ndim
     # The slowest axis in memory first: whole slices go by in order, and the next axes see only what is left.
-    for axis in np.argsort(mask.strides)[::-1]:
+    for axis in np.argsort(np.abs(mask.strides))[::-1]:
         others = tuple(other for other in range(mask.ndim) if other != axis)
         hits = np.flatnonzero(mask[tuple(box)].any(axis=others))
         if not hits.size:
             raise ValueError('an empty mask has no box')
         box[axis] = slice(int(hits[0]), int(hits[-1]) + 1)
     return tuple(box)
+
+
+def edge_voxels(array: np.ndarray) -> np.ndarray:
+    """The voxels [n] of a volume's twelve edges, its corners several times."""
+    first_last = [np.array([0, side - 1]) for side in array.shape]
+    edges = [
+        array[np.ix_(*[np.arange(array.shape[a]) if a == axis else first_last[a] for a in range(3)])]
+        for axis in range(3)
+    ]
+    return np.concatenate([edge.ravel() for edge in edges])
+
+
+def check_roi_size(size: Sequence[int]) -> None:
+    """Refuses a `data.roi_size` that is no size of a box.
+
+    Raises:
+        InputError: saying what is expected.
+    """
+    if len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise InputError(f'data.roi_size={tuple(size)}: expected three whole numbers above 0 (depth, height, width)')
 
 
 def crop_roi(
@@ -172,14 +220,16 @@ def put_back(
     below the background come back as background.
 
     Args:
-        brain: [D, H, W], any real dtype; unchanged.
+        brain: [D, H, W] with the axes of the ROI: for those of `read_roi`, a file's array by `to_brats` and
+            `to_volume`. Any real dtype; unchanged.
         raw: [D, H, W] of the ROI's box.
         mask: bool, the same shape: which of its voxels to write.
         offset: where the box starts in the brain.
         background: what was subtracted from the image.
 
     Returns:
-        A copy of the brain with the tumour in it, of its dtype (values for an integer one are rounded, clipped).
+        A copy of the brain with the tumour in it, of its dtype (values for an integer one are rounded, clipped); by
+        `to_nifti` and `from_brats` it has the file's axes again.
 
     Raises:
         InputError: a tumour voxel lies outside the brain.
@@ -199,7 +249,7 @@ def put_back(
 
 
 def read_roi(scan: Scan, data: ml_collections.ConfigDict) -> Roi:
-    """Reads, checks and crops one scan.
+    """Reads, checks, turns to the axes of BraTS and crops one scan.
 
     Args:
         scan: which.
@@ -215,6 +265,7 @@ def read_roi(scan: Scan, data: ml_collections.ConfigDict) -> Roi:
     """
     image, mask_image = _open(scan, scan.image), _open(scan, scan.mask)
     _check_same_grid(scan, image, mask_image)
+    mask_image, image = mask_image.turned(image.affine), image.turned(image.affine)
     box, tumour = _tumour(scan, mask_image, data)
 
     size = tuple(data.roi_size)
@@ -266,6 +317,11 @@ class _Nifti:
     slope: float
     inter: float
 
+    def turned(self, affine: np.ndarray) -> '_Nifti':
+        """With the axes of BraTS, where `affine` says which it has."""
+        stored, affine = to_brats(self.stored, affine)
+        return dataclasses.replace(self, stored=stored, affine=affine)
+
     @property
     def unscaled(self) -> bool:
         return self.slope == 1 and self.inter == 0
@@ -310,6 +366,8 @@ def _open(scan: Scan, path: Path) -> _Nifti:
         raise PatientError(scan.id, path, f'a volume of real numbers is needed, this has {stored.dtype}')
     if not np.isfinite(image.affine).all():
         raise PatientError(scan.id, path, 'the affine has values that are not finite')
+    if not np.isfinite(orientations.io_orientation(image.affine)).all():
+        raise PatientError(scan.id, path, 'the affine does not map voxels to places')
     return _Nifti(
         stored.reshape(shape[:3], order='F'),
         image.affine,
@@ -382,12 +440,7 @@ def _background(image: _Nifti, tumour: np.ndarray) -> float:
         image: the whole volume.
         tumour: finite values [n] of the tumour, which say how large a difference matters.
     """
-    first_last = [np.array([0, side - 1]) for side in image.stored.shape]
-    edges = [
-        image.stored[np.ix_(*[np.arange(image.stored.shape[a]) if a == axis else first_last[a] for a in range(3)])]
-        for axis in range(3)
-    ]
-    values = image.values(np.concatenate([edge.ravel() for edge in edges])).astype(np.float64)
+    values = image.values(edge_voxels(image.stored)).astype(np.float64)
     values = values[np.isfinite(values)]
     if not values.size or not tumour.size:
         return 0.0

@@ -16,17 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from ml_collections import ConfigDict
-from nibabel import orientations
 from scipy import ndimage
 from tqdm import tqdm
 
 from vqroi_jax.data import pipeline, samples
 from vqroi_jax.data.cohort import in_order
 from vqroi_jax.data.learnt_from import LEARNT_FROM_FILE, read_learnt_from
-from vqroi_jax.data.roi import scale, to_nifti, to_volume
+from vqroi_jax.data.roi import BACKGROUND_SHARE, edge_voxels, scale, to_brats, to_nifti, to_volume, voxel_spacing
 from vqroi_jax.data.splits import SPLITS
 from vqroi_jax.errors import InputError
 from vqroi_jax.workdir import require_space
@@ -34,8 +32,11 @@ from vqroi_jax.workdir import require_space
 INTENSITIES = ('as_is', 'each')
 GRIDS = ('same', 'resample')
 
-_AXES = ('L', 'P', 'S')  # of BraTS: voxels are counted to the left, to the back and up
 _SPACING_TOLERANCE = 0.01  # relative
+_ROUNDING = 1e-6  # of the intensities' range
+_BACKGROUND_TOLERANCE = 0.01  # of the intensities' range, that a background may be off
+_SOFT_SHARE = 0.1  # of a box's edges, above which voxels a little above the background mean that it is not quite even
+_FULL = 0.95  # of the box: a tumour that fills more is hardly one
 _NIFTI = re.compile(r'\.nii(\.gz)?$', re.IGNORECASE)
 
 
@@ -134,7 +135,7 @@ def open_sets(real: str, fake: str, settings: ConfigDict, folder: Path) -> Itera
     with tempfile.TemporaryDirectory(dir=folder, prefix='.volumes-') as scratch:
         raw = {name: _Raw.read(name, source, grid, Path(scratch)) for name, source in sources.items()}
         scales = _scales(raw, sources, settings.intensity)
-        finished = {name: _finish(sources[name], raw[name], scales[name], classes, grid[1]) for name in sources}
+        finished = {name: _finish(name, sources[name], raw[name], scales[name], classes, grid[1]) for name in sources}
         yield finished['real'], finished['fake']
 
 
@@ -175,10 +176,7 @@ class _Source:
     def oriented(self, index: int) -> tuple[np.ndarray, tuple[float, float, float]]:
         """Volume [D, H, W] with the axes of BraTS, and its spacing along them."""
         voxels, affine = self.read(self.places[index])
-        turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(_AXES))
-        turned = orientations.apply_orientation(voxels, turn)
-        sides = nibabel.affines.voxel_sizes(affine @ orientations.inv_ornt_aff(turn, voxels.shape))
-        return to_volume(turned), (float(sides[2]), float(sides[0]), float(sides[1]))
+        return to_volume(to_brats(voxels, affine)[0]), voxel_spacing(affine)
 
     @functools.cached_property
     def grid(self) -> tuple[tuple[int, ...], tuple[float, float, float]]:
@@ -294,13 +292,14 @@ class _Raw:
 
     volumes: np.memmap  # float32 [n, D, H, W]
     ranges: np.ndarray  # [n, 2] smallest and largest intensity of each
+    backgrounds: np.ndarray  # [n] intensity around the tumour of each
     sha256: str
 
     @classmethod
     def read(cls, name: str, source: _Source, grid: tuple, folder: Path) -> '_Raw':
         (shape, spacing), digest = grid, hashlib.sha256()
         volumes = np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', np.float32, (len(source.ids), *shape))
-        ranges = np.empty((len(volumes), 2))
+        ranges, backgrounds = np.empty((len(volumes), 2)), np.empty(len(volumes))
         rows = tqdm(range(len(volumes)), desc=f'reading {name}', unit='ROI', disable=None)
         own = source.grid
         for row in rows:
@@ -314,11 +313,12 @@ class _Raw:
             size = ' '.join(f'{mm:.4f}' for mm in there)
             digest.update(f'{source.ids[row]}\0{source.labels[row]}\0{split}\0{size}\0'.encode())
             digest.update(np.ascontiguousarray(volume).data)
-            volumes[row] = _on_grid(volume, there, shape, spacing)
+            backgrounds[row] = _background(volume)
+            volumes[row] = _on_grid(volume, there, shape, spacing, backgrounds[row])
             ranges[row] = volume.min(), volume.max()
         if source.learnt_from is not None:
             digest.update('\0'.join(['learnt from', *sorted(source.learnt_from)]).encode())
-        return cls(volumes, ranges, digest.hexdigest())
+        return cls(volumes, ranges, backgrounds, digest.hexdigest())
 
     @property
     def range(self) -> tuple[float, float]:
@@ -327,12 +327,26 @@ class _Raw:
 
     @property
     def convention(self) -> tuple[float, float] | None:
-        """[0, 1] or [-1, 1], if that is where all intensities lie; None for any other range."""
+        """[0, 1] or [-1, 1], if all intensities lie there, or a little below, and the background fits; else None."""
         low, high = self.range
-        return None if low < -1 or high > 1 else (-1.0, 1.0) if low < 0 else (0.0, 1.0)
+        if high <= 1 and low >= -_BACKGROUND_TOLERANCE:
+            return 0.0, 1.0
+        if high <= 1 and low >= -1 - 2 * _BACKGROUND_TOLERANCE and np.median(self.backgrounds) < -0.5:
+            return -1.0, 1.0
+        return None
 
 
-def _on_grid(volume: np.ndarray, spacing: Sequence[float], shape: Sequence[int], wanted: Sequence[float]) -> np.ndarray:
+def _background(volume: np.ndarray) -> float:
+    """The intensity around a tumour: of most of the box's edges or, where that is none or high, the lowest up to 0."""
+    edges = edge_voxels(volume)
+    value, low, high = float(np.median(edges)), float(volume.min()), float(volume.max())
+    even = np.mean(np.abs(edges - value) <= _BACKGROUND_TOLERANCE * (high - low)) > BACKGROUND_SHARE
+    return value if even and value - low <= high - value else min(low, 0.0)
+
+
+def _on_grid(
+    volume: np.ndarray, spacing: Sequence[float], shape: Sequence[int], wanted: Sequence[float], background: float
+) -> np.ndarray:
     """A volume resampled linearly to voxels of the wanted size, and cropped or padded evenly to the wanted shape."""
     if not np.allclose(spacing, wanted, rtol=_SPACING_TOLERANCE, atol=0):
         sides = [max(1, round(n * mm / w)) for n, mm, w in zip(volume.shape, spacing, wanted, strict=True)]
@@ -342,7 +356,7 @@ def _on_grid(volume: np.ndarray, spacing: Sequence[float], shape: Sequence[int],
     for axis, (side, target) in enumerate(zip(volume.shape, shape, strict=True)):
         start = max(side - target, 0) // 2
         volume = volume.take(range(start, start + min(side, target)), axis)
-    return np.pad(volume, [(n // 2, n - n // 2) for n in missing], constant_values=volume.min())
+    return np.pad(volume, [(n // 2, n - n // 2) for n in missing], constant_values=background)
 
 
 def _scales(raw: dict[str, _Raw], sources: dict[str, _Source], intensity: str) -> dict[str, np.ndarray]:
@@ -360,24 +374,50 @@ def _scales(raw: dict[str, _Raw], sources: dict[str, _Source], intensity: str) -
                 for name, part in raw.items()
             )
             raise InputError(
-                f'the intensities do not compare: {ranges}; expected both in [0, 1] or both in [-1, 1]. Give '
+                f'the intensities do not compare: {ranges}; expected both in [0, 1] or both in [-1, 1], '
+                'the lowest being the background. Give '
                 '--config.intensity=each to scale every ROI by its own largest intensity, as preparation does'
             )
         return {name: np.tile(one, (len(part.ranges), 1)) for name, part in raw.items()}
     scales = {}
     for name, part in raw.items():
-        low = np.full(len(part.ranges), -1.0) if conventions[name] == (-1, 1) else np.minimum(part.ranges[:, 0], 0)
+        low = np.full(len(part.ranges), -1.0) if conventions[name] == (-1, 1) else part.backgrounds
         high = np.where(part.ranges[:, 1] > low, part.ranges[:, 1], low + 1)  # an empty one stays empty
         scales[name] = np.stack([low, high], axis=1)
     return scales
 
 
 def _finish(
-    source: _Source, raw: _Raw, scales: np.ndarray, classes: tuple[str, ...], spacing: tuple[float, float, float]
+    name: str,
+    source: _Source,
+    raw: _Raw,
+    scales: np.ndarray,
+    classes: tuple[str, ...],
+    spacing: tuple[float, float, float],
 ) -> RoiSet:
-    for row, limits in enumerate(scales):
-        raw.volumes[row] = scale(raw.volumes[row], limits)
+    """Scales a set in place; what is wrong with its background is put right as far as can be, and told."""
+    below, above, filled = np.zeros((3, len(scales)))
+    for row, (low, high) in enumerate(scales):
+        below[row] = np.count_nonzero(raw.volumes[row] < low - _ROUNDING * (high - low))
+        volume = scale(raw.volumes[row], (low, high))
+        faint = (volume > -1) & (volume <= -1 + 2 * _BACKGROUND_TOLERANCE)
+        if edge_voxels(faint).mean() > _SOFT_SHARE:
+            volume[faint] = -1
+            above[row] = faint.sum()
+        filled[row] = np.mean(volume > -1)
+        raw.volumes[row] = volume
     raw.volumes.flush()
+    notes = tuple(
+        f'{int(voxels.sum())} voxels of {np.count_nonzero(voxels)} ROIs {where} the background, set to it'
+        for voxels, where in ((below, 'below'), (above, 'a little above'))
+        if voxels.any()
+    )
+    if np.median(filled) > _FULL:
+        notes += (
+            f'tumour, which is all above the background, fills {np.median(filled):.0%} of the box: is it masked?',
+        )
+    for note in notes:
+        print(f'warning: config.{name}={source.path}: {note}')
     return RoiSet(
         path=source.path,
         ids=tuple(source.ids),
@@ -389,6 +429,6 @@ def _finish(
         patients=tuple(source.patients or source.ids),
         splits=None if source.splits is None else tuple(source.splits),
         sha256=raw.sha256,
-        facts=source.facts,
+        facts=source.facts + notes,
         learnt_from=source.learnt_from,
     )

@@ -105,30 +105,3 @@ def write_splits(path: Path, splits: dict[str, list[str]]) -> None:
     half = path.with_name(path.name + '.part')
     half.write_text(json.dumps(splits, indent=1) + '\n', encoding='utf-8')
     os.replace(half, path)
-
-
-def read_splits(path: Path) -> dict[str, list[str]]:
-    """Reads what `write_splits` wrote.
-
-    Returns:
-        {'train', 'val', 'test'} -> scan ids.
-
-    Raises:
-        InputError: the file is missing or broken, or a scan is in it twice.
-    """
-    expected = f'expected a JSON object with the lists {", ".join(SPLITS)} of scan ids'
-    try:
-        splits = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise InputError(f'{path}: {error}; {expected}') from error
-    if not isinstance(splits, dict) or set(splits) != set(SPLITS):
-        raise InputError(f'{path}: {expected}')
-    seen: dict[str, str] = {}
-    for name in SPLITS:
-        if not isinstance(splits[name], list) or not all(isinstance(scan, str) for scan in splits[name]):
-            raise InputError(f'{path}: {name} is not a list of scan ids; {expected}')
-        for scan in splits[name]:
-            if scan in seen:
-                raise InputError(f'{path}: {scan} is in {seen[scan]} and in {name}; a scan belongs to one split')
-            seen[scan] = name
-    return {name: splits[name] for name in SPLITS}

@@ -23,6 +23,7 @@ import optax
 from jax.sharding import Mesh
 
 from vqroi_jax import losses
+from vqroi_jax.data.roi import check_roi_size
 from vqroi_jax.errors import InputError
 from vqroi_jax.models import perceptual, quantizer
 from vqroi_jax.models.discriminator import Discriminator
@@ -141,6 +142,7 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
     Raises:
         InputError: naming the field and what would do.
     """
+    check_roi_size(config.data.roi_size)
     model, levels = config.model, len(config.model.channels)
     for field, value, good, expected in (
         ('data.roi_size', config.data.roi_size, len(config.data.roi_size) == 3, 'depth, height and width'),

@@ -68,7 +68,7 @@ def cohort(
         volumes: [n,D,H,W] in [-1,1], background -1: the ROIs to show.
         labels: [n] their class names.
         titles: [n] what to write over each.
-        tumour_volumes: for each class the tumour volumes (mL) of all its patients.
+        tumour_volumes: for each class the tumour volumes (mL) of all its scans.
         spacing: mm a voxel along depth, height and width, for proportions and a scale bar; None if not known.
     """
     page = _sheet(volumes, labels, titles, spacing, below=2.9)
@@ -81,7 +81,7 @@ def cohort(
         axes.hist(values, edges, color=colour, alpha=0.3)
         axes.hist(values, edges, color=colour, histtype='step', linewidth=1.5, label=f'{label}: {len(values)}{median}')
     axes.set_xlabel('tumour volume [mL]')
-    axes.set_ylabel('patients')
+    axes.set_ylabel('scans')
     axes.set_xlim(0, edges[-1])
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=TEXT, labelcolor=LIGHT)

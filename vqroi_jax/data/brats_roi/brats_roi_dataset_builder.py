@@ -66,8 +66,12 @@ class Builder(tfds.core.ShardBasedBuilder):
             'id': tfds.features.Text(),
             'patient': tfds.features.Text(doc='the unit of splits'),
             'offset': tensor(shape=(3,), dtype=np.int32, doc='of voxel 0 in the full volume: depth, height, width'),
-            'shape': tensor(shape=(3,), dtype=np.int32, doc='of the full volume: depth, height, width'),
-            'affine': tensor(shape=(4, 4), dtype=np.float64, doc='of the full NIfTI volume: i, j, k to mm'),
+            'shape': tensor(
+                shape=(3,), dtype=np.int32, doc='of the full volume, with BraTS axes: depth, height, width'
+            ),
+            'affine': tensor(
+                shape=(4, 4), dtype=np.float64, doc='of the full NIfTI volume, with BraTS axes: i, j, k to mm'
+            ),
             'range': tensor(shape=(2,), dtype=np.float64, doc='intensities that become -1 and 1'),
             'background': tensor(shape=(), dtype=np.float64, doc='intensity subtracted from the image'),
         }
