@@ -12,6 +12,7 @@ import pytest
 from nbclient import NotebookClient
 
 from vqroi_jax import demo, evaluate
+from vqroi_jax.errors import InputError
 from vqroi_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -54,6 +55,25 @@ def test_goes_from_phantoms_to_samples_and_what_they_are_worth(finished, capsys)
     found = json.loads((finished / 'evaluation' / evaluate.METRICS_FILE).read_text())
     assert found['fake']['rois'] == {'LGG': 4, 'HGG': 4}
     assert {figure['label'] for figure in found['figures']} == {'', 'LGG', 'HGG'}
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'),
+    [
+        ('generate.number', 0, 'config.generate.number=0: expected at least 1'),
+        ('evaluate.bootstrap', 0, 'config.evaluate.bootstrap=0: expected at least 2'),
+        ('evaluate.metrics', ('all',), "config.evaluate.metrics: 'all' is none of"),
+        ('vqgan.optimizer.learning_rate', 0.0, 'config.vqgan.optimizer.learning_rate=0.0'),
+        ('transformer.figure_rois', 0, 'config.transformer.figure_rois=0'),
+    ],
+)
+def test_what_a_stage_cannot_use_is_told_before_the_first(field, value, message, tmp_path):
+    config = smoke_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError) as caught:
+        demo.run(config, tmp_path)
+    assert message in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {'.lock'}  # so that a mended one may begin there
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'notebooks').glob('*.ipynb')), ids=lambda path: path.stem)

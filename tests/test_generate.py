@@ -378,6 +378,22 @@ def test_sigterm_ends_it_after_the_batch_with_everything_listed(model, tmp_path,
     assert contents(tmp_path / 'out') == contents(tmp_path / 'unbroken')
 
 
+def test_more_samples_and_classes_are_added_later(model, tmp_path, capsys):
+    generate.run(settings(number=5), tmp_path / 'at once')
+    generate.run(settings(number=2, classes=('HGG',)), tmp_path / 'later')
+    generate.run(settings(number=3), tmp_path / 'later')
+    generate.run(settings(number=5), tmp_path / 'later')
+    assert '4 of them made now' in capsys.readouterr().out
+    assert len(manifest(tmp_path / 'later')) == 10
+    made = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*.nii.gz')}
+        for folder in (tmp_path / 'at once', tmp_path / 'later')
+    ]
+    assert made[0] == made[1]
+    with pytest.raises(InputError, match=r'names of another length \(samples/HGG/HGG_0000.nii.gz\)'):
+        generate.run(settings(number=10_001), tmp_path / 'later')
+
+
 def test_what_is_done_is_left_alone(model, tmp_path, capsys):
     generate.run(settings(), tmp_path)
     before = {path: path.stat() for path in tmp_path.rglob('*.nii.gz')} | {'': (tmp_path / 'manifest.csv').stat()}

@@ -164,6 +164,8 @@ def test_only_errors_of_a_lost_process_are_told_as_such(monkeypatch):
     assert 'more' not in hosts.loss_of_a_process(lost)
     assert hosts.loss_of_a_process(jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')) is None
     assert hosts.loss_of_a_process(ValueError('connection closed')) is None
+    late = 'Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue() timed out with key: cpu'
+    assert hosts.loss_of_a_process(jax.errors.JaxRuntimeError(late)) is None
 
 
 def command_of(config, folder, workdir):

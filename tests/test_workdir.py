@@ -98,6 +98,15 @@ def test_another_config_is_refused_field_by_field_and_nothing_is_touched(tmp_pat
     assert after == before
 
 
+def test_fields_that_are_free_may_change_and_are_recorded(tmp_path):
+    with open_workdir(tmp_path, make_config()):
+        pass
+    with open_workdir(tmp_path, make_config(seed=1), free=('seed',)):
+        assert read_config(tmp_path).seed == 1
+    with pytest.raises(InputError, match='seed 1 there, 0 now'), open_workdir(tmp_path, make_config()):
+        pass
+
+
 def test_of_many_differences_the_first_are_shown_and_the_rest_counted(tmp_path):
     with open_workdir(tmp_path, ml_collections.ConfigDict({f'field{number:02d}': 0 for number in range(30)})):
         pass

@@ -11,13 +11,15 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vqroi_jax import evaluate, generate, prepare, train_transformer, train_vqgan
-from vqroi_jax.training import loop
+from vqroi_jax.errors import fields_of
+from vqroi_jax.training import loop, transformer, vqgan
 from vqroi_jax.workdir import open_workdir
 
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/demo.py`."""
     with open_workdir(workdir, config) as folder:
+        check_settings(config, folder)
         prepare.run(config.prepare, folder / 'cohort')
         train_vqgan.run(_with(config.vqgan, **{'data.path': folder / 'cohort'}), folder / 'vqgan')
         train_transformer.run(_with(config.transformer, vqgan_workdir=folder / 'vqgan'), folder / 'transformer')
@@ -35,6 +37,23 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             'generated/figures/surfaces.png',
         ):
             print(f'  {folder / figure}')
+
+
+def check_settings(config: ConfigDict, folder: Path) -> None:
+    """Refuses what a stage could not use, before the first of them is begun.
+
+    Raises:
+        InputError: naming the field and what it may be.
+    """
+    generation = _with(config.generate, transformer_workdir=folder / 'transformer')
+    for block, check, settings in (
+        ('vqgan', vqgan.check_settings, config.vqgan),
+        ('transformer', transformer.check_settings, config.transformer),
+        ('generate', generate.check_settings, generation),
+        ('evaluate', evaluate.check_settings, config.evaluate),
+    ):
+        with fields_of(block):
+            check(settings)
 
 
 def _with(config: ConfigDict, **paths: Path) -> ConfigDict:

@@ -92,7 +92,7 @@ class Host:
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/generate.py`."""
-    with open_workdir(workdir, config) as folder:
+    with open_workdir(workdir, config, free=('number', 'classes')) as folder:  # more may be wanted later
         check_settings(config)
         reference = config.reference and samples.load_nifti(config.reference, f'config.reference={config.reference}')
         host = read_host(config.paste) if config.paste.brain else None
@@ -261,6 +261,12 @@ class _Store:
         self._voxels = math.prod(transformer.roi_size)
         self._provenance = _provenance(transformer, config)
         self._manifest = samples.Manifest(folder / samples.MANIFEST_FILE, list(self._row('', 0)))
+        for name, row in self._manifest.rows.items():
+            if name != f'samples/{sample_file(row["class"], int(row["index"]), config.number)}':
+                raise InputError(
+                    f'config.number={config.number}: {folder} has samples with names of another length ({name}); name '
+                    'another --workdir'
+                )
         self.empty = 0  # samples added that have no tumour
 
     def has(self, label: str, index: int) -> bool:

@@ -31,6 +31,9 @@ _LOST = re.compile(
     r'gloo|nccl|connection (closed|reset|refused)|socket closed|heartbeat|coordination|unavailable', re.I
 )
 
+# What they say where the others are there, but too late for the first thing that is computed together.
+_NEVER_MET = re.compile(r'initialization failed.*GetKeyValue', re.I | re.S)
+
 
 def join(hosts: str, task: str) -> None:
     """Joins the other processes of a run, if there are any; must come before anything touches devices.
@@ -88,7 +91,7 @@ def loss_of_a_process(error: Exception) -> str | None:
     if not joined():
         return None
     kind = sys.modules['jax'].errors.JaxRuntimeError
-    if not isinstance(error, kind) or not _LOST.search(str(error)):
+    if not isinstance(error, kind) or not _LOST.search(str(error)) or _NEVER_MET.search(str(error)):
         return None
     reason = str(error).strip().partition('\n')[0][:200]
     return (

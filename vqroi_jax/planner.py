@@ -4,7 +4,6 @@ A program is exactly what the stage's own command runs, lowered with shapes in p
 is allocated. `vqroi_jax.plan` is the command on top.
 """
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -12,7 +11,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ml_collections import ConfigDict
 
 from vqroi_jax import hlo
 from vqroi_jax.decoding import Sampling, drawing_params
-from vqroi_jax.errors import InputError
+from vqroi_jax.errors import fields_of
 from vqroi_jax.models import layers
 from vqroi_jax.targets import GIB, Target
 from vqroi_jax.trained import TrainedVQGAN, decode_function, draw_function
@@ -102,25 +101,16 @@ def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
 
 
 def _vqgan_recipe(config: ConfigDict) -> vqgan.Recipe:
-    with _naming('vqgan'):
+    with fields_of('vqgan'):
         return vqgan.make_recipe(config.vqgan, config.cohort.classes, config.cohort.rois / config.vqgan.batch_size)
 
 
 def _transformer_recipe(config: ConfigDict, stage1: TrainedVQGAN) -> transformer.Recipe:
     settings, cohort = config.transformer, config.cohort
-    with _naming('transformer'):
+    with fields_of('transformer'):
         return transformer.make_recipe(
             settings, stage1.model.codes, cohort.classes, stage1.grid, cohort.rois / settings.batch_size
         )
-
-
-@contextlib.contextmanager
-def _naming(block: str) -> Iterator[None]:
-    """Names the fields in an `InputError` of a stage as they are called here, in its block of the config."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(re.sub(r'\bconfig\.', f'config.{block}.', str(error))) from None
 
 
 def _stage1(config: ConfigDict, mesh: Mesh) -> TrainedVQGAN:
@@ -232,7 +222,7 @@ class Planner:
     def __init__(self, config: ConfigDict, target: Target, folder: Path):
         self.config, self.target, self._folder = config, target, folder
         settings = config[config.stage]
-        with _naming(config.stage):
+        with fields_of(config.stage):
             self.mesh = partitioning.make_mesh(settings.mesh, target.devices)
         self.own_remat = '' if config.stage == 'generate' else settings.model.remat
         self.remats = config.remat or tuple(sorted(REMATS[config.stage], key=lambda remat: remat != self.own_remat))

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def is_primary() -> bool:
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
+def open_workdir(workdir: str | Path, config: ConfigDict, free: Sequence[str] = ()) -> Iterator[Path]:
     """Makes the folder, locks it for this process, and records the config or compares it with the recorded.
 
     The lock is the operating system's, so it is gone when the process is, however it ends. Of several processes of one
@@ -49,6 +49,7 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
     Args:
         workdir: the run's folder, on a local or mounted file system.
         config: of the run. A run goes on with exactly the config that it began with, but for its block `mesh`.
+        free: names of fields that may change as well; the new values are then the recorded ones.
 
     Yields:
         The folder.
@@ -71,7 +72,7 @@ def open_workdir(workdir: str | Path, config: ConfigDict) -> Iterator[Path]:
         raise InputError(f'--workdir={workdir}: cannot be written to ({error.strerror}); name another') from None
     with lock:
         _lock(lock, folder)
-        _record_config(folder, config)
+        _record_config(folder, config, free)
         try:
             with _compiled_in(folder), given_back():
                 yield folder
@@ -162,7 +163,7 @@ def _processor() -> str:
     return f'{platform.machine()}-{hashlib.sha256("".join(features).encode()).hexdigest()[:8]}'
 
 
-def _record_config(folder: Path, config: ConfigDict) -> None:
+def _record_config(folder: Path, config: ConfigDict, free: Sequence[str]) -> None:
     path = folder / CONFIG_FILE
     plain = config.to_dict()
     plain |= {name: value for name, value in UNASKED.items() if name in plain}
@@ -171,10 +172,13 @@ def _record_config(folder: Path, config: ConfigDict) -> None:
         write_atomically(path, text)
         return
     there, now = _flat(read_config(folder).to_dict()), _flat(_tuples(json.loads(text)))
-    differences = [
-        f'{name} {_shown(there, name)} there, {_shown(now, name)} now'
+    changed = [
+        name
         for name in sorted(there.keys() | now.keys(), key=lambda name: (name != 'task', name))
         if not name.startswith(LAYOUT) and (name not in there or name not in now or there[name] != now[name])
+    ]
+    differences = [
+        f'{name} {_shown(there, name)} there, {_shown(now, name)} now' for name in changed if name not in free
     ]
     if differences:
         more = len(differences) - SHOWN_DIFFERENCES
@@ -183,6 +187,8 @@ def _record_config(folder: Path, config: ConfigDict) -> None:
             f'{folder} holds a run with another config: {shown}. Give that config to resume it, '
             'or name another --workdir'
         )
+    if changed:
+        write_atomically(path, text)
 
 
 def _shown(flat: dict[str, Any], name: str) -> str:

@@ -34,7 +34,7 @@ def check(settings: ml_collections.ConfigDict, field: str) -> None:
         ('b2', 0 <= settings.b2 < 1, '0 to below 1'),
         ('epsilon', 0 < settings.epsilon < math.inf, 'more than 0'),
         ('clip_value', 0 <= settings.clip_value < math.inf, '0 (no clipping) or more'),
-        ('weight_decay', 0 <= settings.get('weight_decay', 0.0) < math.inf, '0 or more'),
+        ('weight_decay', 'weight_decay' not in settings or 0 <= settings.weight_decay < math.inf, '0 or more'),
     ):
         if not good:
             raise InputError(f'{field}.{name}={settings[name]}: expected {expected}')

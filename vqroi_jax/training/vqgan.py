@@ -145,7 +145,6 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
     check_roi_size(config.data.roi_size)
     model, levels = config.model, len(config.model.channels)
     for field, value, good, expected in (
-        ('data.roi_size', config.data.roi_size, len(config.data.roi_size) == 3, 'depth, height and width'),
         ('codebook.codes', config.codebook.codes, config.codebook.codes >= 2, '2 or more'),
         ('model.channels', model.channels, levels and min(model.channels) >= 1, 'numbers of 1 or more'),
         ('model.hidden', model.hidden, model.hidden >= 1, '1 or more'),
