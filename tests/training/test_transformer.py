@@ -228,9 +228,9 @@ def test_a_run_goes_on_in_the_same_bits_on_other_devices(tmp_path, monkeypatch):
     recipe = make_recipe(ema_decay=0.5)
     meshes = [partitioning.make_mesh(axes) for axes in ({'data': 2, 'fsdp': 2, 'model': 2}, {'fsdp': 8}, {'data': 1})]
     states = [transformer.create_state(recipe, mesh) for mesh in meshes]
-    saved, _ = transformer.jit_step(recipe, states[0], meshes[0])(
-        states[0], partitioning.put_batch(tokens_and_scores(), meshes[0])
-    )
+    batch = partitioning.put_batch(tokens_and_scores(), meshes[0])
+    # Waited for, as the loop does: a step of eight devices and slices of its results may starve each other of threads.
+    saved, _ = jax.block_until_ready(transformer.jit_step(recipe, states[0], meshes[0])(states[0], batch))
     training = ml_collections.ConfigDict({'keep_last': 1, 'keep_best': 0, 'best_metric': '', 'best_mode': 'min'})
     with Checkpoints(tmp_path, training) as checkpoints:
         checkpoints.save(1, saved, {}, {})

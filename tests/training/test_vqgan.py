@@ -417,7 +417,7 @@ def test_draws_depend_on_seed_step_and_row_only():
         ({'model.classifier_hidden': 64}, ('classifier_hidden=64', 'from 96 up')),
         ({'perceptual': 'alexnet'}, ('perceptual', 'vgg16, none')),
         ({'dtype': 'float16'}, ('dtype', 'bfloat16')),
-        ({'data.roi_size': (16, 16)}, ('config.data.roi_size=(16, 16): expected depth, height and width',)),
+        ({'data.roi_size': (16, 16)}, ('data.roi_size=(16, 16): expected three whole numbers above 0',)),
         ({'codebook.codes': 1}, ('codebook.codes=1: expected 2 or more',)),
         ({'codebook.decay': 1.0}, ('codebook.decay=1.0: expected 0 to below 1',)),
         ({'codebook.init_batches': 0}, ('codebook.init_batches=0: expected 1 or more',)),
