@@ -236,8 +236,8 @@ def test_a_set_carries_whom_its_generator_has_learnt_from(tmp_path):
 
 def test_volumes_are_cropped_and_padded_evenly():
     volume = np.arange(10.0)[:, None, None] * np.ones((1, 3, 2))
-    found = roi_sets._on_grid(volume, (1, 1, 1), (4, 3, 5), (1, 1, 1))
+    found = roi_sets._on_grid(volume, (1, 1, 1), (4, 3, 5), (1, 1, 1), background=3)
     np.testing.assert_array_equal(found[:, 0, 1], [3, 4, 5, 6])
     np.testing.assert_array_equal(found[0, 0], [3, 3, 3, 3, 3])
-    padded = roi_sets._on_grid(volume[2:4], (1, 1, 1), (5, 3, 2), (1, 1, 1))
+    padded = roi_sets._on_grid(volume[2:4], (1, 1, 1), (5, 3, 2), (1, 1, 1), background=2)
     np.testing.assert_array_equal(padded[:, 0, 0], [2, 2, 3, 2, 2])
