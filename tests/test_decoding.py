@@ -121,6 +121,21 @@ def least_width(request, monkeypatch):
     monkeypatch.setattr(decoding, '_BY_OUTPUT', request.param)
 
 
+@pytest.mark.parametrize('causal', [True, False], ids=['causal', 'bidirectional'])
+def test_kernels_are_rounded_once_and_samples_are_the_same(causal):
+    model, params = start(causal)
+    model = model.clone(dtype=jnp.bfloat16)
+    rounded = decoding.drawing_params(model, params)
+    full = decoding.drawing_params(model.clone(dtype=jnp.float32), params)
+    for path, leaf in jax.tree.leaves_with_path(rounded):
+        assert isinstance(leaf, np.ndarray)
+        assert leaf.dtype == (jnp.bfloat16 if path[-1].key == 'kernel' else jnp.float32)
+    keys, labels = keys_and_labels()
+    method = decoding.autoregressive if causal else decoding.parallel
+    draw = jax.jit(lambda params: method(model, params, keys, labels, NOTHING, CODES, Sampling()))
+    np.testing.assert_array_equal(draw(rounded), draw(full))
+
+
 @pytest.mark.parametrize('rows', [1, 4])
 @pytest.mark.usefixtures('least_width')
 def test_caches_are_written_where_they_are(rows):

@@ -1,6 +1,7 @@
 """The exported generator: used without the package, in another process, beside the package itself."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import runpy
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 
 from vqroi_jax import export, main
-from vqroi_jax.decoding import Sampling
 from vqroi_jax.errors import InputError
 from vqroi_jax.trained import load_transformer
 from vqroi_jax.training import partitioning, transformer
@@ -131,23 +131,27 @@ def test_the_readme_says_how_and_what_not_for(exported):
     assert 'trained on phantoms' in text
 
 
-def test_a_bidirectional_model_with_guidance(tiny_transformer):
+def test_a_bidirectional_model_of_bfloat16_with_guidance(tiny_transformer, tmp_path):
     """Fills masks in parallel; with the weights that it begins with."""
     trained = load_transformer(tiny_transformer)
     config = trained.config.copy_and_resolve_references().unlock()
-    config.model.attention, config.label_dropout = 'bidirectional', 0.1
+    config.model.attention, config.label_dropout, config.dtype = 'bidirectional', 0.1, 'bfloat16'
     model = transformer.make_model(config, trained.facts.codes, 2, 64)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 2), np.int32)))['params']
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
     trained = dataclasses.replace(trained, model=model, params=params)
     chosen = settings(trained, guidance=0.7, top_p=0.9)
-    sampling = Sampling.read(chosen, model, trained.facts.codes, 2)
-    program = export.programs_of(trained, sampling, ('cpu', 'tpu'))['tokens']
-    weights = export.weights_of(trained)['tokens']
-    drawn = jax.jit(program.call)(weights, np.uint32(3), np.uint32(1), np.array([4, 5], np.uint32))
+    export.export(trained, chosen, ('cpu', 'tpu'), tmp_path / export.FILE)
+    spec = zipimport.zipimporter(str(tmp_path / export.FILE)).find_spec('generator')
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    weights = generator._weights('tokens')
+    assert {array.dtype.name for name, array in weights.items() if name.endswith('kernel')} == {'bfloat16'}
+    assert weights['token_embedding'].dtype == np.float32
+    drawn = generator.tokens(trained.classes[1], n=2, seed=3, first=4)
     expected = trained.sampler(chosen, 3, partitioning.make_mesh({'data': 1})).tokens([1, 1], [4, 5])
-    np.testing.assert_array_equal(np.asarray(drawn).reshape(2, 64), expected)
+    np.testing.assert_array_equal(drawn.reshape(2, 64), expected)
 
 
 def test_the_same_command_again_leaves_what_is_there(exported, tiny_transformer, capsys):

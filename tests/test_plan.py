@@ -65,6 +65,7 @@ def test_a_plan_of_stage_2_on_this_machine(transformer_plan):
     vocabulary = codes + 1 + config.cohort.classes
     layer = 12 * width**2 + 9 * width + 4 * width  # products, their biases, two norms
     parameters = layer + (2 * vocabulary + length) * width + 2 * width
+    assert found['drawing'] == parameters * 4
     state = 3 * parameters * 4 + 2 * 4  # with two moments; the step, and the optimiser's count of steps
     for row in found['compiled']:
         batch = row['rows'] * (length + 1) * 4  # this masking reads no scores, and nothing reads `index`

@@ -74,13 +74,20 @@ def test_another_seed_draws_others(trained, many):
     assert (sampler(trained, seed=6).tokens([0], [0]) != many[1][:1]).any()
 
 
-def test_parameters_are_arranged_by_one_program_however_often_they_are_given(trained, monkeypatch):
+def test_a_run_samples_with_its_split_parameters_and_keeps_none_of_them_whole(trained, many, monkeypatch):
     traces = []
     arrange = decoding.drawing_params
     monkeypatch.setattr(decoding, 'drawing_params', lambda *arguments: traces.append(1) or arrange(*arguments))
-    draw = sampler(trained)
+    mesh = {'data': 2, 'fsdp': 2, 'model': 2}
+    wide = sampler(trained, mesh)
+    traces.clear()
+    params = jax.device_put(trained.params, partitioning.state_shardings(trained.params, partitioning.make_mesh(mesh)))
+    assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
+    before = len(jax.live_arrays())
     for _ in range(2):
-        draw.use(trained.params)
+        drawn = wide.use(params).tokens(np.repeat([0, 1], 10), np.tile(np.arange(10), 2))
+        np.testing.assert_array_equal(drawn, many[1])
+        assert len(jax.live_arrays()) == before
     assert traces == [1]
 
 

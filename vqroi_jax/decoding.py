@@ -80,14 +80,24 @@ def method_of(model: Transformer) -> str:
 def drawing_params(model: Transformer, params: dict) -> dict:
     """A trained network's parameters as it is sampled with them; the functions below take no others.
 
-    A causal network's `blocks` become a list of one dict a layer, with the kernels of its linear layers turned over,
-    [out, in], if it is wide.
+    The kernels of linear layers, nearly all of a network, are of the model's dtype, to which they would be rounded for
+    every product: reading them is most of what a token takes. A causal network's `blocks` become a list of one dict a
+    layer, with those kernels turned over, [out, in], if it is wide.
+
+    Args:
+        model: of stage 2.
+        params: float32, NumPy's or JAX's, blocks stacked; the result is of the same kind.
     """
+
+    def kernel(path, p):
+        return p.astype(model.dtype, copy=False) if path[-1].key == 'kernel' else p
+
+    params = jax.tree_util.tree_map_with_path(kernel, params)
     if not model.causal:
         return params
     blocks = [jax.tree.map(lambda p, n=n: p[n], params['blocks']) for n in range(model.layers)]
     if _by_output(model):
-        blocks = jax.tree.map(jnp.transpose, blocks)
+        blocks = jax.tree.map(lambda p: p.T, blocks)
     return {**params, 'blocks': blocks}
 
 
@@ -192,7 +202,7 @@ def autoregressive(
 
     Args:
         model: causal.
-        params: its `drawing_params`, of the model's dtype or float32.
+        params: its `drawing_params`.
         keys: random keys `[B]`.
         labels: class numbers int32 `[B]`.
         given: int32 `[B, L]`: tokens in [0, K) that are to stay, and `UNKNOWN` where to draw. A token is drawn from

@@ -102,6 +102,8 @@ def _weights(name: str) -> dict[str, jax.Array]:
             if member.startswith(begin):
                 with file.open(member) as stream:
                     array = np.lib.format.read_array(stream, allow_pickle=False)
+                if array.dtype.kind == 'V':  # NumPy's files do not name this type
+                    array = array.view(jax.numpy.bfloat16)
                 weights[member.removeprefix(begin).removesuffix('.npy')] = jax.device_put(array)
     return weights
 

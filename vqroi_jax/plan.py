@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vqroi_jax import hlo, viz
 from vqroi_jax.errors import InputError
-from vqroi_jax.planner import REMATS, Compiled, Planner, Search
+from vqroi_jax.planner import REMATS, Compiled, Planner, Search, drawing_bytes
 from vqroi_jax.targets import GIB, MIB, Chip, find_target
 from vqroi_jax.training.durations import to_steps
 from vqroi_jax.workdir import open_workdir, write_atomically
@@ -125,6 +125,7 @@ def describe(planner: Planner, compiled: list[Compiled], searches: list[Search])
         'groups': planner.groups,
         'chip': vars(chip) if chip else None,
         'memory': target.memory,
+        'drawing': drawing_bytes(config, planner.mesh) if config.stage == 'transformer' else None,
         'versions': target.versions,
         'compiled': rows,
         'search': [
@@ -174,6 +175,11 @@ def report(plan: dict[str, Any]) -> str:
         for row in rows
         for one in row['cost']['collectives']
     ]
+    if plan['drawing']:
+        lines.append(
+            f'While samples are drawn for figures, each device holds {plan["drawing"] / size:.3g} {unit} of parameters '
+            'beside the arguments, in place of the temporaries.'
+        )
     if loops := max(row['cost']['open_loops'] for row in rows):
         lines.append(f'Up to {loops} loop(s) in each program run until their data say so, and are counted once.')
     if _borrowed(plan):

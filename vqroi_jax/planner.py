@@ -82,8 +82,7 @@ def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
     stage1, settings = _stage1(config, mesh), config.generate
     recipe = _transformer_recipe(config, stage1)
     model, length = recipe.model, recipe.masking.length
-    params = jax.eval_shape(functools.partial(drawing_params, model), transformer.state_shapes(recipe).params)
-    params = partitioning.placed_shapes(params, partitioning.replicated(mesh))
+    params = partitioning.placed_shapes(_drawing_shapes(recipe), partitioning.replicated(mesh))
     sampling = Sampling.read(settings.sampling, model, stage1.model.codes, config.cohort.classes)
     rows = settings.sampling.sub_batch * partitioning.row_parts(mesh)
     one, many = ((), jnp.int32), ((length,), jnp.int32)
@@ -98,6 +97,21 @@ def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
             (stage1.variables, (_rows(rows, mesh, tokens=many)['tokens'],)),
         ),
     ]
+
+
+def _drawing_shapes(recipe: transformer.Recipe) -> Any:
+    return jax.eval_shape(functools.partial(drawing_params, recipe.model), transformer.state_shapes(recipe).params)
+
+
+def drawing_bytes(config: ConfigDict, mesh: Mesh) -> int:
+    """Bytes that a run of stage 2 holds on each device, beside its state, while its figures' samples are drawn.
+
+    Args:
+        config: as `configs/plan.py` has it.
+        mesh: to compile for.
+    """
+    shapes = _drawing_shapes(_transformer_recipe(config, _stage1(config, mesh)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def _vqgan_recipe(config: ConfigDict) -> vqgan.Recipe:

@@ -205,8 +205,8 @@ def make_figures(
     given = np.concatenate([half, np.full_like(half, UNKNOWN)])
 
     def figures(state: transformer.TransformerState) -> dict[str, Figure]:
-        sampler.use(transformer.evaluation_params(state))
-        drawn = sampler.tokens(np.tile(labels, 2), range(len(given)), given)
+        drawing = sampler.use(transformer.evaluation_params(state))  # not kept: its weights are whole on each device
+        drawn = drawing.tokens(np.tile(labels, 2), range(len(given)), given)
         volumes = np.stack(list(sampler.decode(np.concatenate([tokens, drawn]))))
         reconstructed, completed, sampled = np.split(volumes, 3)
         shown = viz.completions(originals, reconstructed, completed, sampled, scores, names, ids, spacing)

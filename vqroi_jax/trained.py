@@ -4,8 +4,8 @@ Everything comes from the runs' own folders: sizes from their config.json, weigh
 folder of stage 2, what it took over from stage 1 (`stage1.json`). Commands, notebooks and evaluations go through here.
 """
 
+import copy
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -422,12 +422,26 @@ class Sampler:
         self._whole = partitioning.replicated(mesh)
         self.reseed(seed)
         self._variables = jax.device_put(vqgan.variables, self._whole)
+        draw = draw_function(model, vqgan.model.codes, self._sampling)
+        self._draw_tokens = partitioning.on_each_device(draw, mesh)
+        self._decode = partitioning.on_each_device(decode_function(vqgan), mesh)
 
     def use(self, params: Any) -> 'Sampler':
-        """Draws with these parameters from now on, blocks stacked, wherever they are; returns itself."""
-        arrange = jax.jit(decoding.drawing_params, static_argnums=0)
-        self._params = arrange(self._model, jax.device_put(params, self._whole))
-        return self
+        """A sampler that draws with these parameters, by the programs of this one.
+
+        It holds them whole on each device (see `decoding.drawing_params`), for as long as it is kept.
+
+        Args:
+            params: blocks stacked; NumPy's, or those of a state on the sampler's mesh, however they are split.
+        """
+        if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+            arranged = jax.device_put(decoding.drawing_params(self._model, params), self._whole)
+        else:
+            arrange = jax.jit(decoding.drawing_params, static_argnums=0, out_shardings=self._whole)
+            arranged = arrange(self._model, params)
+        result = copy.copy(self)
+        result._params = arranged
+        return result
 
     def reseed(self, seed: int) -> 'Sampler':
         """Draws with this seed from now on, 0 to 2**32 - 1; returns itself."""
@@ -490,15 +504,6 @@ class Sampler:
             rows = np.full((number, self._group), -1)
             rows[: len(groups) - start] = groups[start : start + number]
             yield rows.reshape(-1)
-
-    @functools.cached_property
-    def _draw_tokens(self) -> Callable:
-        draw = draw_function(self._model, self._vqgan.model.codes, self._sampling)
-        return partitioning.on_each_device(draw, self._mesh)
-
-    @functools.cached_property
-    def _decode(self) -> Callable:
-        return partitioning.on_each_device(decode_function(self._vqgan), self._mesh)
 
 
 def draw_function(model: Transformer, codes: int, sampling: Sampling) -> Callable:

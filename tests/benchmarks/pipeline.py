@@ -43,7 +43,7 @@ def main() -> None:
     late = waits[FIRST:]
     print(f'\nbatches of {len(batch["label"])} ROIs ({size:.0f} MB), a step of {1e3 * options.step:g} ms')
     print(f'wait: median {statistics.median(late):.2f} ms, most {max(late):.2f} ms')
-    print(f'of the first {FIRST} batches: {max(waits):.0f} ms')
+    print(f'of the first {FIRST} batches: {max(waits[:FIRST]):.0f} ms')
 
 
 if __name__ == '__main__':
