@@ -4,7 +4,8 @@
 
 Steps are the training commands' own, with narrow networks so that a CPU can take them; one size changes at a time.
 Memory is what the compiler needs for arguments and temporaries. The exponent is the slope of a straight line through
-logarithms: of the whole table, and of its last two rows, where fixed costs matter least. Prints Markdown tables; with
+logarithms: of the whole table, and of its last two rows, where fixed costs matter least (of what is sent, of the rows
+where anything is). Prints Markdown tables; with
 `--out`, leaves `growth.png` too.
 """
 
@@ -28,7 +29,7 @@ from vqroi_jax import compiler_memory, hlo, large_pages
 from vqroi_jax.data.pipeline import Batches, RoiSource
 from vqroi_jax.training import partitioning, transformer, vqgan
 from vqroi_jax.viz import save_figure
-from vqroi_jax.viz.page import COLOURS, Page, style
+from vqroi_jax.viz.page import COLOURS, TEXT, Page, style
 
 ROOT = Path(__file__).parents[2]
 SIDES, BATCHES, CODES = (32, 48, 64, 96, 128, 160), (1, 2, 4, 8), (256, 1024, 4096, 16384)
@@ -114,9 +115,9 @@ def cohort(patients: int, repeats: int) -> Row:
 
 
 def exponent(rows: list[Row], column: int) -> str:
-    """Slope in logarithms over all rows and over the last two; a dash where there is nothing to measure."""
-    sizes, values = (np.asarray([row[place] for row in rows], float) for place in (0, column))
-    if not (values > 0).all():
+    """Slope in logarithms over all rows where there is something and over the last two; a dash where there is not."""
+    sizes, values = np.asarray([(row[0], row[column]) for row in rows if row[column] > 0], float).reshape(-1, 2).T
+    if len(sizes) < 2:
         return '-'
     slopes = [np.polyfit(np.log(sizes[part]), np.log(values[part]), 1)[0] for part in (slice(None), slice(-2, None))]
     return f'{slopes[0]:.2f}, {slopes[1]:.2f}'
@@ -133,25 +134,46 @@ def table(title: str, rows: list[Row]) -> None:
 
 
 def draw(tables: dict[str, list[Row]], path: Path) -> None:
-    """Time and memory of every table, in logarithms."""
-    page = Page(3.4 * len(tables) + 0.5, 5.4)
+    """A panel a table: how many times its first row's each figure grows to; below, from what to what, and exponents.
+
+    What is sent is compared with the first row that sends anything.
+    """
+    lines = ((1, 'time', _seconds), (2, 'memory', _bytes), (3, 'sent', _bytes))
+    page = Page(12.3, 7.0)
     for number, (title, rows) in enumerate(tables.items()):
-        for line, (column, unit, factor) in enumerate(((1, 'ms', 1e3), (2, 'MB', 1e-6))):
-            axes = page.axes(0.8 + 3.4 * number, 0.4 + 2.5 * line, 2.4, 1.7)
-            style(axes)
-            axes.set_xscale('log')
-            axes.set_yscale('log')
-            axes.minorticks_off()
-            sizes, values = [row[0] for row in rows], [factor * row[column] for row in rows]
-            axes.plot(sizes, values, color=COLOURS[line], marker='o')
-            axes.set_xticks(sizes, [f'{size:g}' for size in sizes])
-            ends = min(values), max(values)
-            ends = ends if ends[1] > 1.3 * ends[0] else ends[1:]  # else one would stand on the other
-            axes.set_yticks(ends, [f'{end:,.0f}' if end >= 1000 else f'{end:.3g}' for end in ends])
-            axes.set_ylim(ends[0] / 2, ends[-1] * 2)
-            axes.set_xlabel(title)
-            axes.set_ylabel(unit)
+        left, top = 0.8 + 4.0 * (number % 3), 0.3 + 3.4 * (number // 3)
+        axes = page.axes(left, top, 3.1, 2.0)
+        style(axes)
+        axes.set_xscale('log')
+        axes.set_yscale('log')
+        axes.minorticks_off()
+        baseline = top + 2.65
+        for line, (column, name, unit) in enumerate(lines):
+            known = [row for row in rows if row[column] > 0]
+            if not known:
+                continue
+            sizes, values = [row[0] for row in known], [row[column] for row in known]
+            axes.plot(sizes, [value / values[0] for value in values], color=COLOURS[line], marker='o', markersize=3)
+            text = f'{name} {unit(values[0])} to {unit(values[-1])}, exponent {exponent(known, column)}'
+            page.text(left, baseline, text, TEXT, COLOURS[line])
+            baseline += 0.18
+        axes.set_xticks([row[0] for row in rows], [f'{row[0]:g}' for row in rows])
+        axes.set_xlabel(title)
+        low, high = axes.get_ylim()
+        low, high = min(low, 0.7), max(high, 4)
+        ticks = [10.0**power for power in range(5) if 10**power < high]
+        ticks += [3] if len(ticks) < 3 else []
+        axes.set_yticks(ticks, [f'{tick:g}x' for tick in ticks])
+        axes.set_ylim(low, high)
     save_figure(page.figure, path)
+
+
+def _seconds(value: float) -> str:
+    return f'{value:.3g} s' if value >= 1 else f'{1e3 * value:.3g} ms'
+
+
+def _bytes(value: float) -> str:
+    return f'{value / 1e9:.3g} GB' if value >= 1e9 else f'{value / 1e6:.3g} MB' if value >= 1e6 else f'{value:.0f} B'
 
 
 def main(arguments: Iterable[str]) -> None:
