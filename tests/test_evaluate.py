@@ -13,9 +13,10 @@ import sys
 import nibabel
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from scipy import linalg, ndimage
 
-from vqroi_jax import evaluate, features, figures_of_merit, main
+from vqroi_jax import evaluate, features, figures_of_merit, main, report
 from vqroi_jax.data.roi_sets import RoiSet
 from vqroi_jax.errors import InputError
 from vqroi_jax.merit import networks, privacy, voxels
@@ -106,6 +107,37 @@ def test_shifted_places_and_intensities_are_seen():
         assert figure.value > figure.floor + max(figure.spread, figure.floor_spread), metric
     assert found['mean intensity', 'HGG'].value == 1
     assert found['tumour volume [mL]', 'HGG'].value < 0.5
+
+
+def test_tumours_without_an_end_in_the_box_are_told():
+    crossing = np.zeros_like(OTHERS[:NUMBER])
+    crossing[:, 12, 12, :] = crossing[:, 12, :, 12] = crossing[:, :, 12, 12] = 1
+    fake = np.concatenate([crossing, OTHERS[NUMBER:]])
+    fake[NUMBER : NUMBER + NUMBER // 2] = 1  # half of HGG, which is not most
+    fake[NUMBER - 1, :, :, 0] = fake[NUMBER - 2, 0] = 0  # two of LGG do not touch one face
+    evaluation, _ = figures(fake, metrics=('statistics',))
+    told = [note for note in evaluation.notes if 'six faces' in note]
+    assert len(told) == 1
+    assert told[0].startswith('In 10 of 12 synthetic ROIs of class LGG the tumour reaches all six faces')
+    assert 'in 0 of 24 real ROIs' in told[0]
+    fake[-1], fake[-1, 0] = 1, 0  # one of HGG more, which fills 23 of 24 slices
+    assert len([note for note in figures(fake, metrics=('statistics',))[0].notes if 'six faces' in note]) == 2
+
+
+def test_phantoms_are_not_called_real():
+    real = dataclasses.replace(as_set(REAL), phantoms=True)
+    evaluation = Evaluation(real, as_set(OTHERS), config(metrics=('statistics',), bootstrap=2))
+    figures_of_merit.measure(evaluation)
+    evaluate._draw(evaluation)
+    for picture in evaluation.pictures.values():
+        texts = [text.get_text() for text in picture.findobj(Text)]
+        assert not any('real' in text for text in texts)
+    assert any(text.get_text() == 'LGG, phantoms' for text in evaluation.pictures['real'].texts)
+    found = evaluate.describe_inputs(evaluation, None) | evaluate.describe(evaluation)
+    page = report.render(found, evaluation.pictures, evaluate._viewer(evaluation))
+    for heading in ('<title>Synthetic ROIs beside phantoms</title>', '<h3>Phantoms</h3>', 'medians of all: phantoms'):
+        assert heading in page
+    assert 'synthetic / phantoms to phantoms' in evaluate.summary(found)
 
 
 def test_one_roi_repeated_is_a_collapse():

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 DARK, LIGHT, FAINT = '#161616', '#e8e8e8', '#a0a0a0'  # behind images; text; lesser text
 COLOURS = ('#e69f00', '#56b4e9', '#009e73', '#cc79a7', '#f0e442', '#d55e00', '#0072b2')  # Okabe and Ito's
@@ -43,13 +43,16 @@ class Page:
         self.figure.text(left / self.width, 1 - baseline / self.height, text, fontsize=size, color=colour)
 
     def colour_bar(self, left: float, top: float, width: float, image: AxesImage, name: str) -> None:
-        """Draws the scale of an image's colours."""
-        bar = self.figure.colorbar(image, cax=self.axes(left, top, width, 0.12), orientation='horizontal')
+        """Draws the scale of an image's colours; of one that lies over others, as seen from white down to black."""
+        height = 0.12 if image.get_alpha() is None else 0.2
+        axes = self.axes(left, top + 0.12 - height, width, height)
+        bar = self.figure.colorbar(image, cax=axes, orientation='horizontal')
         bar.set_label(name, color=LIGHT, fontsize=TEXT)
         bar.outline.set_visible(False)
-        if bar.solids is not None:
-            bar.solids.set_alpha(1)
-        bar.ax.tick_params(colors=LIGHT, labelsize=TEXT)
+        axes.tick_params(colors=LIGHT, labelsize=TEXT)
+        if image.get_alpha() is not None:
+            extent = *axes.get_xlim(), *axes.get_ylim()
+            axes.imshow(((1,), (0,)), 'gray', aspect='auto', interpolation='bilinear', extent=extent, zorder=0)
 
 
 def style(axes: Axes) -> None:
@@ -60,7 +63,8 @@ def style(axes: Axes) -> None:
     axes.grid(color='#3a3a3a', linewidth=0.5)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.ticklabel_format(axis='y', scilimits=(-3, 5), useOffset=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:.7g}'))  # whole, none of it beside the axis
     for side, spine in axes.spines.items():
         spine.set_visible(side in ('left', 'bottom'))
         spine.set_color(FAINT)
