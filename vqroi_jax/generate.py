@@ -38,7 +38,7 @@ from vqroi_jax.data.roi import (
 from vqroi_jax.errors import InputError, Stopped
 from vqroi_jax.stopping import stop_requests
 from vqroi_jax.training import partitioning
-from vqroi_jax.workdir import is_primary, open_workdir, require_space
+from vqroi_jax.workdir import is_primary, open_workdir, require_space, write_atomically
 
 DESCRIPTION = 'SYNTHETIC tumour ROI made by vqroi_jax, not a patient'
 PASTED_DESCRIPTION = 'SYNTHETIC tumour pasted into a brain by vqroi_jax, not a patient'
@@ -322,7 +322,7 @@ class _Store:
         try:
             for path, image in zip(self._paths(row), images, strict=True):
                 if not (listed and path.exists()):
-                    samples.write_whole(path, samples.pack(image))
+                    write_atomically(path, samples.pack(image))
                     written.append(path)
             if not listed:
                 self._manifest.append(row)

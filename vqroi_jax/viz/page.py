@@ -1,7 +1,7 @@
 """What all figures are drawn on: a dark page that is laid out in inches, its colours and sizes of text."""
 
+import io
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from vqroi_jax.workdir import write_atomically
 
 DARK, LIGHT, FAINT = '#161616', '#e8e8e8', '#a0a0a0'  # behind images; text; lesser text
 COLOURS = ('#e69f00', '#56b4e9', '#009e73', '#cc79a7', '#f0e442', '#d55e00', '#0072b2')  # Okabe and Ito's
@@ -72,14 +74,6 @@ def style(axes: Axes) -> None:
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Writes a figure as PNG; the file is there as a whole or not at all. Its folder is made if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            figure.savefig(file, format='png')
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    file = io.BytesIO()
+    figure.savefig(file, format='png')
+    write_atomically(Path(path), file.getvalue())
