@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vqroi_jax import published, report, viz
 from vqroi_jax.data.roi_sets import open_sets
-from vqroi_jax.errors import InputError
+from vqroi_jax.errors import InputError, check_fields
 from vqroi_jax.figures_of_merit import GROUPS, METRICS, SEEN_BY_VGG16, measure
 from vqroi_jax.merit.evaluation import Evaluation
 from vqroi_jax.models import inception, perceptual
@@ -95,20 +95,19 @@ def check_settings(config: ConfigDict) -> None:
         raise InputError(f'config.metrics: {twice[0]!r} is named twice')
     if unknown := [name for name in config.metrics if name not in GROUPS]:
         raise InputError(f'config.metrics: {unknown[0]!r} is none of {", ".join(GROUPS)}')
-    for field, value, least in (
-        ('seed', config.seed, 0),
-        ('pairs', config.pairs, 1),
-        ('bootstrap', config.bootstrap, 2),
-        ('frechet_bootstrap', config.frechet_bootstrap, 2),
-        ('neighbours', config.neighbours, 1),
-        ('slices.number', config.slices.number, 1),
-        ('mmd.batch', config.mmd.batch, 1),
-        ('mmd.repeats', config.mmd.repeats, 1),
-        ('privacy.candidates', config.privacy.candidates, 1),
-        ('classifier.epochs', config.classifier.epochs, 1),
-    ):
-        if value < least:
-            raise InputError(f'config.{field}={value}: expected at least {least}')
+    fields = (
+        ('seed', config.seed >= 0, 'at least 0'),
+        ('pairs', config.pairs >= 1, 'at least 1'),
+        ('bootstrap', config.bootstrap >= 2, 'at least 2'),
+        ('frechet_bootstrap', config.frechet_bootstrap >= 2, 'at least 2'),
+        ('neighbours', config.neighbours >= 1, 'at least 1'),
+        ('slices.number', config.slices.number >= 1, 'at least 1'),
+        ('mmd.batch', config.mmd.batch >= 1, 'at least 1'),
+        ('mmd.repeats', config.mmd.repeats >= 1, 'at least 1'),
+        ('privacy.candidates', config.privacy.candidates >= 1, 'at least 1'),
+        ('classifier.epochs', config.classifier.epochs >= 1, 'at least 1'),
+    )
+    check_fields('config', config, fields)
     if config.slices.empty not in ('drop', 'keep'):
         raise InputError(f'config.slices.empty={config.slices.empty!r} is none of drop, keep')
     # Are they there?
