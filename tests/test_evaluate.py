@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 from matplotlib.text import Text
-from scipy import linalg, ndimage
+from scipy import linalg, ndimage, spatial
 
 from vqroi_jax import evaluate, features, figures_of_merit, main, report
 from vqroi_jax.data.roi_sets import RoiSet
@@ -166,6 +166,28 @@ def test_copies_of_training_rois_are_listed():
     assert abs(figure.value - figure.floor) < 2 * max(figure.spread, figure.floor_spread)
 
 
+def test_the_width_of_the_kernel_is_of_the_real_rois_that_are_compared():
+    rng = np.random.default_rng(0)
+    real, fake = rng.uniform(0, 1, (7, 4, 4, 4)), rng.uniform(0, 0.3, (5, 4, 4, 4))
+    evaluation = Evaluation(of_one_class(real), of_one_class(fake), config(bootstrap=2))
+    voxels.measure_mmd(evaluation)
+    (sides,) = evaluation.sides
+    one, other, made = (
+        2 * volumes[rows].reshape(3, -1) - 1
+        for volumes, rows in ((real, sides.one), (real, sides.other), (fake, sides.fake))
+    )
+    width = np.median(spatial.distance.pdist(np.concatenate([one, other])))
+    figure = next(figure for figure in evaluation.figures if figure.metric == 'MMD, RBF, squared')
+    assert f'bandwidth {width:.4g} (median distance of 6 real ROIs)' in figure.settings
+
+    def kernel(x, y):
+        return np.exp(-(spatial.distance.cdist(x, y) ** 2) / (2 * width**2))
+
+    for found, y in ((figure.value, made), (figure.floor, other)):
+        within = sum((kernel(part, part).sum() - 3) / 6 for part in (one, y))
+        assert found == pytest.approx(within - 2 * kernel(one, y).mean(), abs=1e-5)
+
+
 def of_one_class(volumes, **changes):
     """A set of ROIs of LGG."""
     part = dataclasses.replace(as_set(volumes), labels=np.zeros(len(volumes), int), classes=('LGG',))
@@ -203,6 +225,28 @@ def test_mirrored_copies_are_found(axes, said, cheap_networks):
     for pair in evaluation.neighbours:
         assert pair['ms_ssim'] == pytest.approx(1)
         assert pair['vgg_distance'] < 0.05
+
+
+def test_one_measure_is_enough_to_be_closer_than_any_held_out_roi(monkeypatch):
+    """Sample 0 is nearer in VGG's features alone, 1 in MS-SSIM alone, 2 in neither, 3 in both."""
+    alike = {'real': np.full(4, 0.5), 'fake': np.array([0.4, 0.6, 0.5, 0.6])}
+    far = {'real': [2, 2, 3, 2], 'fake': [1, 3, 2, 1]}
+    real = of_one_class(REAL[:4], splits=('train', 'test') * 2)
+    evaluation = Evaluation(real, of_one_class(OTHERS[:4]), config())
+
+    def similarities(pairs, volumes, *unused):
+        return alike['real' if volumes is real.volumes else 'fake'][pairs[:, 0]]
+
+    monkeypatch.setattr(privacy, 'similarities', similarities)
+    apart = np.square([*far['real'], *far['fake']]).astype(np.float32)
+    monkeypatch.setattr(privacy, '_features_apart', lambda evaluation: np.stack([apart, apart + 1], axis=1))
+    privacy.measure_privacy(evaluation)
+    closer = {pair['synthetic'] for pair in evaluation.neighbours if pair['closer_than_any_held_out']}
+    assert closer == {'ROI 0', 'ROI 1', 'ROI 3'}
+    assert '3 of 4 synthetic ROIs are closer' in evaluation.notes[-1]
+    assert {pair['real_by_vgg'] for pair in evaluation.neighbours} == {'ROI 0'}
+    written = [text.get_text() for text in evaluation.pictures['nearest'].texts]
+    assert any(text.startswith('MS-SSIM 0.400, VGG distance 1') for text in written)
 
 
 def test_features_of_every_mirroring_are_searched(cheap_networks, monkeypatch):

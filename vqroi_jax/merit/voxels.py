@@ -104,7 +104,7 @@ def measure_mmd(evaluation: Evaluation) -> None:
             (functools.partial(mmd.linear, distances), 'voxels in [-1, 1], biased'),
             (
                 functools.partial(mmd.unbiased_of_rows, kernel),
-                f'voxels, bandwidth {bandwidth:.4g} (median of the {evaluation.reference}s), unbiased',
+                f'voxels, bandwidth {bandwidth:.4g} (median distance of {2 * n} {evaluation.reference}s), unbiased',
             ),
         )
         for name, (statistic, text) in zip(MMD, statistics, strict=True):
