@@ -13,9 +13,10 @@ import sys
 import nibabel
 import numpy as np
 import pytest
-from scipy import linalg, ndimage
+from matplotlib.text import Text
+from scipy import linalg, ndimage, spatial
 
-from vqroi_jax import evaluate, features, figures_of_merit, main
+from vqroi_jax import evaluate, features, figures_of_merit, main, report
 from vqroi_jax.data.roi_sets import RoiSet
 from vqroi_jax.errors import InputError
 from vqroi_jax.merit import networks, privacy, voxels
@@ -108,6 +109,42 @@ def test_shifted_places_and_intensities_are_seen():
     assert found['tumour volume [mL]', 'HGG'].value < 0.5
 
 
+def test_tumours_without_an_end_in_the_box_are_told():
+    crossing = np.zeros_like(OTHERS[:NUMBER])
+    crossing[:, 12, 12, :] = crossing[:, 12, :, 12] = crossing[:, :, 12, 12] = 1
+    fake = np.concatenate([crossing, OTHERS[NUMBER:]])
+    fake[NUMBER : NUMBER + NUMBER // 2] = 1  # half of HGG, which is not most
+    fake[NUMBER - 1, :, :, 0] = fake[NUMBER - 2, 0] = 0  # two of LGG do not touch one face
+    told = told_of_faces(fake)
+    assert len(told) == 1
+    assert told[0].startswith('In 10 of 12 synthetic ROIs of class LGG the tumour reaches all six faces')
+    assert 'in 0 of 24 real ROIs' in told[0]
+    fake[-1], fake[-1, 0] = 1, 0  # one of HGG more, which fills 23 of 24 slices
+    assert len(told_of_faces(fake)) == 2
+
+
+def told_of_faces(fake):
+    evaluation = Evaluation(as_set(REAL), as_set(fake), config(metrics=()))
+    figures_of_merit.measure(evaluation)
+    return [note for note in evaluation.notes if 'six faces' in note]
+
+
+def test_phantoms_are_not_called_real():
+    real = dataclasses.replace(as_set(REAL[::6]), phantoms=True)
+    evaluation = Evaluation(real, as_set(OTHERS[::6]), config(metrics=('statistics',), bootstrap=2))
+    figures_of_merit.measure(evaluation)
+    evaluate._draw(evaluation)
+    for picture in evaluation.pictures.values():
+        texts = [text.get_text() for text in picture.findobj(Text)]
+        assert not any('real' in text for text in texts)
+    assert any(text.get_text() == 'LGG, phantoms' for text in evaluation.pictures['real'].texts)
+    found = evaluate.describe_inputs(evaluation, None) | evaluate.describe(evaluation)
+    page = report.render(found, {}, evaluate._viewer(evaluation))
+    for heading in ('<title>Synthetic ROIs beside phantoms</title>', '<h3>Phantoms</h3>', 'medians of all: phantoms'):
+        assert heading in page
+    assert 'synthetic / phantoms to phantoms' in evaluate.summary(found)
+
+
 def test_one_roi_repeated_is_a_collapse():
     one = np.concatenate([np.repeat(OTHERS[:1], NUMBER, 0), np.repeat(OTHERS[-1:], NUMBER, 0)])
     noisy = np.clip(one + (one > 0) * np.random.default_rng(0).normal(0, 1e-3, one.shape), 0, 1).astype(np.float32)
@@ -132,6 +169,28 @@ def test_copies_of_training_rois_are_listed():
     _, fresh = figures(OTHERS, splits, metrics=('privacy',))
     figure = fresh['nearest training ROI, MS-SSIM', '']
     assert abs(figure.value - figure.floor) < 2 * max(figure.spread, figure.floor_spread)
+
+
+def test_the_width_of_the_kernel_is_of_the_real_rois_that_are_compared():
+    rng = np.random.default_rng(0)
+    real, fake = rng.uniform(0, 1, (7, 4, 4, 4)), rng.uniform(0, 0.3, (5, 4, 4, 4))
+    evaluation = Evaluation(of_one_class(real), of_one_class(fake), config(bootstrap=2))
+    voxels.measure_mmd(evaluation)
+    (sides,) = evaluation.sides
+    one, other, made = (
+        2 * volumes[rows].reshape(3, -1) - 1
+        for volumes, rows in ((real, sides.one), (real, sides.other), (fake, sides.fake))
+    )
+    width = np.median(spatial.distance.pdist(np.concatenate([one, other])))
+    figure = next(figure for figure in evaluation.figures if figure.metric == 'MMD, RBF, squared')
+    assert f'bandwidth {width:.4g} (median distance of 6 real ROIs)' in figure.settings
+
+    def kernel(x, y):
+        return np.exp(-(spatial.distance.cdist(x, y) ** 2) / (2 * width**2))
+
+    for found, y in ((figure.value, made), (figure.floor, other)):
+        within = sum((kernel(part, part).sum() - 3) / 6 for part in (one, y))
+        assert found == pytest.approx(within - 2 * kernel(one, y).mean(), abs=1e-5)
 
 
 def of_one_class(volumes, **changes):
@@ -171,6 +230,28 @@ def test_mirrored_copies_are_found(axes, said, cheap_networks):
     for pair in evaluation.neighbours:
         assert pair['ms_ssim'] == pytest.approx(1)
         assert pair['vgg_distance'] < 0.05
+
+
+def test_one_measure_is_enough_to_be_closer_than_any_held_out_roi(monkeypatch):
+    """Sample 0 is nearer in VGG's features alone, 1 in MS-SSIM alone, 2 in neither, 3 in both."""
+    alike = {'real': np.full(4, 0.5), 'fake': np.array([0.4, 0.6, 0.5, 0.6])}
+    far = {'real': [2, 2, 3, 2], 'fake': [1, 3, 2, 1]}
+    real = of_one_class(REAL[:4], splits=('train', 'test') * 2)
+    evaluation = Evaluation(real, of_one_class(OTHERS[:4]), config())
+
+    def similarities(pairs, volumes, *unused):
+        return alike['real' if volumes is real.volumes else 'fake'][pairs[:, 0]]
+
+    monkeypatch.setattr(privacy, 'similarities', similarities)
+    apart = np.square([*far['real'], *far['fake']]).astype(np.float32)
+    monkeypatch.setattr(privacy, '_features_apart', lambda evaluation: np.stack([apart, apart + 1], axis=1))
+    privacy.measure_privacy(evaluation)
+    closer = {pair['synthetic'] for pair in evaluation.neighbours if pair['closer_than_any_held_out']}
+    assert closer == {'ROI 0', 'ROI 1', 'ROI 3'}
+    assert '3 of 4 synthetic ROIs are closer' in evaluation.notes[-1]
+    assert {pair['real_by_vgg'] for pair in evaluation.neighbours} == {'ROI 0'}
+    written = [text.get_text() for text in evaluation.pictures['nearest'].texts]
+    assert any(text.startswith('MS-SSIM 0.400, VGG distance 1') for text in written)
 
 
 def test_features_of_every_mirroring_are_searched(cheap_networks, monkeypatch):

@@ -74,6 +74,7 @@ def test_arms_whose_runs_do_not_differ_have_no_p_and_are_not_said_to_agree():
         'spacing_mm': [],
         'intensity_range': [0, 1],
         'facts': [],
+        'phantoms': False,
     }
     found |= {'real': some, 'fake': None, 'test': {}, 'provenance': None}
     found['arms'] = {name: arm | {'rois': {}, 'weights': None} for name, arm in found['arms'].items()}

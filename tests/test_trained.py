@@ -177,7 +177,7 @@ def test_tokens_that_cannot_be_kept_are_used_with_a_warning(tiny_vqgan, tmp_path
 
     vqgan, mesh = load_vqgan(shutil.copytree(tiny_vqgan, tmp_path / 'stage1')), partitioning.make_mesh({'data': 1})
     shutil.rmtree(vqgan.workdir / 'tokens', ignore_errors=True)
-    monkeypatch.setattr(tokens_module, 'write_whole', fail)
+    monkeypatch.setattr(tokens_module, 'write_atomically', fail)
     assert len(encode_cohort(vqgan, find_cohort(vqgan, ''), mesh)['train']) == 6
     assert 'cannot be written (Read-only file system): the next run will encode' in capsys.readouterr().out
 

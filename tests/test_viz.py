@@ -136,7 +136,7 @@ def test_reconstructions_show_original_reconstruction_difference_and_importance(
     scores = np.random.default_rng(2).uniform(0.2, 0.8, (2, 4, 5, 6)).astype(np.float32)
     figure = viz.reconstructions(originals, recons, scores, ['LGG', 'HGG'], ['a', 'b'])
     shown = images(figure)
-    assert len(shown) == 2 * (4 * 3 + 3)
+    assert len(shown) == 2 * (4 * 3 + 3) + 1  # what the scale of the overlay's colours lies over
     for row in range(2):
         first, *others = np.array_split(np.arange(15 * row, 15 * row + 15), 5)
         for number, expected in zip((first, *others[:2]), (originals, recons, recons - originals), strict=True):
@@ -147,6 +147,13 @@ def test_reconstructions_show_original_reconstruction_difference_and_importance(
         overlay = shown[others[3][0]]
         assert overlay.get_alpha() < 1
         assert overlay.get_clim() == (scores.min(), scores.max())
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    glow = next(axes for axes in figure.axes if 'importance score' in axes.get_xlabel())
+    x, y = (int(side) for side in glow.transAxes.transform((0.9, 0.98)))
+    plasma = np.array(matplotlib.colormaps['plasma'](0.9)[:3])
+    over_white = np.asarray(canvas.buffer_rgba())[::-1][y, x, :3] / 255
+    np.testing.assert_allclose(over_white, 0.45 * plasma + 0.55, atol=0.04)
     texts = ' '.join(text.get_text() for text in figure.findobj(Text))
     assert all(
         word in texts for word in ('original', 'reconstruction', 'difference', 'importance score', 'LGG  a', 'HGG  b')
@@ -244,15 +251,15 @@ def test_distributions_compare_real_with_synthetic_class_by_class():
         steps = np.sort(np.concatenate([real[label], made[label]]))  # where the two distribution functions jump
         below = [np.mean(np.asarray(part)[:, None] <= steps, axis=0) for part in (real[label], made[label])]
         legend = axes.get_legend()
-        assert legend.get_title().get_text() == f'KS distance {np.abs(below[0] - below[1]).max():.2f}'
+        assert legend.get_title().get_text() == f'KS distance of all these {np.abs(below[0] - below[1]).max():.2f}'
         texts = [text.get_text() for text in legend.get_texts()]
-        for text, name, part in zip(texts, ('real', 'synthetic'), (real[label], made[label]), strict=True):
+        for text, name, part in zip(texts, ('real ROIs', 'synthetic'), (real[label], made[label]), strict=True):
             assert text == f'{name}: {len(part)}, median {np.median(part):.3g}'
         bars = np.array([bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)])
         expected = [np.histogram(part, edges)[0] * 100 / len(part) for part in (real[label], made[label])]
         np.testing.assert_allclose(bars, np.concatenate(expected))
     distances = [axes.get_legend().get_title().get_text() for axes in figure.axes]
-    assert distances[1:] == ['KS distance 0.00', 'KS distance 1.00']
+    assert distances[1:] == ['KS distance of all these 0.00', 'KS distance of all these 1.00']
 
 
 def test_shares_end_at_100_and_large_medians_are_plain():
@@ -261,7 +268,7 @@ def test_shares_end_at_100_and_large_medians_are_plain():
     assert axes.get_ylim()[1] > 100  # the legend's room
     assert axes.get_yticks().max() == 100
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert texts == ['real: 3, median 2140', 'synthetic: 3, median 1']
+    assert texts == ['real ROIs: 3, median 2140', 'synthetic: 3, median 1']
 
 
 def test_intensities_are_steps_in_per_cent():
@@ -278,7 +285,7 @@ def test_intensities_are_steps_in_per_cent():
 
 def test_neighbours_show_a_sample_its_nearest_and_their_difference():
     samples, nearest = rois(2), rois(2, seed=1)
-    figure = viz.neighbours(samples, nearest, ['one', 'two'], ['P1', 'P2'])
+    figure = viz.neighbours(samples, nearest, ['one', 'two'], ['P1', 'P2'], ['near', 'far'])
     pictures = [image.get_array() for image in images(figure)]
     for row, (sample, real) in enumerate(zip(samples, nearest, strict=True)):
         centre = viz.middle(sample)
@@ -286,9 +293,9 @@ def test_neighbours_show_a_sample_its_nearest_and_their_difference():
             for plane, part in enumerate(viz.slices(volume, centre)):
                 np.testing.assert_allclose(pictures[9 * row + 3 * column + plane], part, atol=1e-6)
     texts = {text.get_text() for text in figure.texts}
-    assert {'one', 'two', 'P1', 'P2', 'synthetic', 'nearest real ROI'} <= texts
+    assert {'one', 'two', 'P1', 'P2', 'near', 'far', 'synthetic', 'nearest real ROI'} <= texts
     with pytest.raises(ValueError, match='zip'):
-        viz.neighbours(samples, nearest, ['one'], ['P1', 'P2'])
+        viz.neighbours(samples, nearest, ['one'], ['P1', 'P2'], ['near', 'far'])
 
 
 def test_curves_pair_training_with_validation():
@@ -306,6 +313,10 @@ def test_curves_pair_training_with_validation():
     assert len(viz.curves(rows, ['l1']).axes) == 1
     for axes in figure.axes:
         assert all(tick == int(tick) for tick in axes.get_xticks())
+    large = viz.curves([{'step': step, 'l1': 2.34 + step * 1e-9} for step in range(0, 1500001, 250000)])
+    FigureCanvasAgg(large).draw()
+    assert not any(axis.get_offset_text().get_text() for axis in (large.axes[0].xaxis, large.axes[0].yaxis))
+    assert {'500000', '2.3405'} <= {text.get_text() for text in large.findobj(Text)}
     assert not viz.curves([]).axes
 
 

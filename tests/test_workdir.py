@@ -206,7 +206,11 @@ def test_space_is_required_in_bytes(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
-    path = tmp_path / 'file.json'
+    path = tmp_path / 'new' / 'file.json'
+    write_atomically(path, 'old')
+    assert path.read_text() == 'old'
+    write_atomically(path, b'\xff')
+    assert path.read_bytes() == b'\xff'
     write_atomically(path, 'old')
 
     def die(descriptor):
@@ -216,6 +220,7 @@ def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='full'):
         write_atomically(path, 'new')
     assert path.read_text() == 'old'
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_run_that_left_nothing_may_be_mended(tmp_path):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from vqroi_jax.errors import InputError
+from vqroi_jax.errors import InputError, check_fields
 from vqroi_jax.models.transformer import Block, Transformer
 
 UNKNOWN = -1  # in place of a token that is to be drawn
@@ -53,7 +53,7 @@ class Sampling:
         method = method_of(model)
         if settings.method not in ('', method):
             raise InputError(f'sampling.method={settings.method!r}: this model is sampled by {method!r}')
-        for name, good, expected in (
+        fields = (
             ('temperature', 0 <= settings.temperature < math.inf, '0 (the likeliest token) or more'),
             ('top_k', 0 <= settings.top_k <= codes, f'0 (off) to {codes}, the codes there are'),
             ('top_p', 0 < settings.top_p <= 1, 'above 0, up to 1 (off)'),
@@ -61,9 +61,8 @@ class Sampling:
             ('passes', settings.passes >= 1, '1 or more'),
             ('choice_temperature', 0 <= settings.choice_temperature < math.inf, '0 or more'),
             ('sub_batch', settings.sub_batch >= 1, '1 row or more'),
-        ):
-            if not good:
-                raise InputError(f'sampling.{name}={settings[name]}: expected {expected}')
+        )
+        check_fields('sampling', settings, fields)
         if settings.guidance > 0 and model.vocabulary == codes + 1 + classes:
             raise InputError(
                 f'sampling.guidance={settings.guidance}: the model has no null class; train it with '

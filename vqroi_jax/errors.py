@@ -5,8 +5,11 @@ is a bug and keeps its traceback.
 """
 
 import contextlib
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+from ml_collections import ConfigDict
 
 
 class InputError(ValueError):
@@ -15,6 +18,22 @@ class InputError(ValueError):
 
 class Stopped(Exception):
     """The run was asked to stop (SIGTERM, Ctrl-C) and has saved itself; the message says where."""
+
+
+def check_fields(name: str, settings: ConfigDict, fields: Iterable[tuple[str, object, str]]) -> None:
+    """Refuses settings of which a field has a value that it cannot have.
+
+    Args:
+        name: of the settings in messages, such as 'config.optimizer'.
+        settings: to read values from.
+        fields: each with its dotted name, whether it is good, and what is expected.
+
+    Raises:
+        InputError: naming the first that is not good.
+    """
+    for field, good, expected in fields:
+        if not good:
+            raise InputError(f'{name}.{field}={operator.attrgetter(field)(settings)}: expected {expected}')
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vqroi_jax import published, report, viz
 from vqroi_jax.data.roi_sets import open_sets
-from vqroi_jax.errors import InputError
+from vqroi_jax.errors import InputError, check_fields
 from vqroi_jax.figures_of_merit import GROUPS, METRICS, SEEN_BY_VGG16, measure
 from vqroi_jax.merit.evaluation import Evaluation
 from vqroi_jax.models import inception, perceptual
@@ -24,7 +24,7 @@ from vqroi_jax.workdir import open_workdir, write_atomically
 
 METRICS_FILE = 'metrics.json'
 REPORT_FILE = 'report.html'
-FORMAT = 2  # counts up with each change of what is measured or of how it is laid out
+FORMAT = 3  # counts up with each change of what is measured or of how it is laid out
 
 _SHOWN = 6  # ROIs of each class in a picture
 _TURNED = 4  # of each in the viewer
@@ -95,20 +95,19 @@ def check_settings(config: ConfigDict) -> None:
         raise InputError(f'config.metrics: {twice[0]!r} is named twice')
     if unknown := [name for name in config.metrics if name not in GROUPS]:
         raise InputError(f'config.metrics: {unknown[0]!r} is none of {", ".join(GROUPS)}')
-    for field, value, least in (
-        ('seed', config.seed, 0),
-        ('pairs', config.pairs, 1),
-        ('bootstrap', config.bootstrap, 2),
-        ('frechet_bootstrap', config.frechet_bootstrap, 2),
-        ('neighbours', config.neighbours, 1),
-        ('slices.number', config.slices.number, 1),
-        ('mmd.batch', config.mmd.batch, 1),
-        ('mmd.repeats', config.mmd.repeats, 1),
-        ('privacy.candidates', config.privacy.candidates, 1),
-        ('classifier.epochs', config.classifier.epochs, 1),
-    ):
-        if value < least:
-            raise InputError(f'config.{field}={value}: expected at least {least}')
+    fields = (
+        ('seed', config.seed >= 0, 'at least 0'),
+        ('pairs', config.pairs >= 1, 'at least 1'),
+        ('bootstrap', config.bootstrap >= 2, 'at least 2'),
+        ('frechet_bootstrap', config.frechet_bootstrap >= 2, 'at least 2'),
+        ('neighbours', config.neighbours >= 1, 'at least 1'),
+        ('slices.number', config.slices.number >= 1, 'at least 1'),
+        ('mmd.batch', config.mmd.batch >= 1, 'at least 1'),
+        ('mmd.repeats', config.mmd.repeats >= 1, 'at least 1'),
+        ('privacy.candidates', config.privacy.candidates >= 1, 'at least 1'),
+        ('classifier.epochs', config.classifier.epochs >= 1, 'at least 1'),
+    )
+    check_fields('config', config, fields)
     if config.slices.empty not in ('drop', 'keep'):
         raise InputError(f'config.slices.empty={config.slices.empty!r} is none of drop, keep')
     # Are they there?
@@ -122,9 +121,12 @@ def check_settings(config: ConfigDict) -> None:
 
 def _draw(evaluation: Evaluation) -> None:
     """The contact sheets of both sets: the first ROIs of each class."""
-    for name, part in (('real', evaluation.real), ('synthetic', evaluation.fake)):
+    for name, heading, part in (
+        ('real', f'{evaluation.reference}s', evaluation.real),
+        ('synthetic', 'synthetic', evaluation.fake),
+    ):
         rows = np.concatenate([part.of(number)[:_SHOWN] for number in range(len(part.classes))])
-        headings = [f'{part.classes[part.labels[row]]}, {name}' for row in rows]
+        headings = [f'{part.classes[part.labels[row]]}, {heading}' for row in rows]
         titles = [part.names[row] for row in rows]
         evaluation.pictures[name] = viz.contact_sheet(part.volumes[rows], headings, titles, part.spacing)
 
@@ -133,7 +135,7 @@ def _viewer(evaluation: Evaluation) -> Viewer:
     """Of the first ROIs of each class of both sets, synthetic ones first."""
     volumes = {
         f'{name} {part.classes[number]}, {part.names[row]}': part.volumes[row]
-        for name, part in (('synthetic', evaluation.fake), ('real', evaluation.real))
+        for name, part in (('synthetic', evaluation.fake), (evaluation.reference, evaluation.real))
         for number in range(len(part.classes))
         for row in part.of(number)[:_TURNED]
     }
@@ -187,7 +189,8 @@ def summary(found: dict) -> str:
     """The figures as lines of text, a metric a line, with a column for each class."""
     labels = list(dict.fromkeys(figure['label'] for figure in found['figures']))
     width = 26
-    lines = ['', f'{"synthetic / real to real":36}' + ''.join(f'{label or "all":>{width}}' for label in labels)]
+    kind = 'phantoms' if found['real']['phantoms'] else 'real'
+    lines = ['', f'{f"synthetic / {kind} to {kind}":36}' + ''.join(f'{label or "all":>{width}}' for label in labels)]
     by_metric: dict[str, dict[str, str]] = {}
     for figure in found['figures']:
         value, floor = (number(figure[name]) for name in ('value', 'floor'))

@@ -5,8 +5,10 @@ them. Each figure has its floor, the same between two halves of the real set, wi
 reconstructions are of pairs, and have their own.)
 """
 
+import numpy as np
 from tqdm import tqdm
 
+from vqroi_jax.data.roi_sets import FULL
 from vqroi_jax.errors import InputError
 from vqroi_jax.merit import networks, privacy, reconstruction, voxels
 from vqroi_jax.merit.evaluation import Evaluation
@@ -71,6 +73,7 @@ def _check_sets(evaluation: Evaluation) -> None:
     empty = sum(bool(volume.max() <= -1) for volume in evaluation.fake.volumes)
     if empty:
         evaluation.notes.append(f'{empty} of the synthetic ROIs are empty')
+    _check_filled(evaluation)
     if 'reconstruction' in evaluation.config.metrics:
         reconstruction.originals(evaluation.real, evaluation.fake)
     if halved and not evaluation.has_held_out:
@@ -79,3 +82,25 @@ def _check_sets(evaluation: Evaluation) -> None:
             'a real ROI is looked for among all others, and the classifier is trained on one half and tried on the '
             'other.'
         )
+
+
+def _check_filled(evaluation: Evaluation) -> None:
+    """Notes of which classes most synthetic tumours have no end within the box."""
+    for number, label in enumerate(evaluation.real.classes):
+        (fake, of), (real, of_real) = (
+            (sum(_fills(part.volumes[row]) for row in part.of(number)), len(part.of(number)))
+            for part in (evaluation.fake, evaluation.real)
+        )
+        if 2 * fake > of:
+            evaluation.notes.append(
+                f'In {fake} of {of} synthetic ROIs of class {label} the tumour reaches all six faces of the box or '
+                f'nearly fills it; so it does in {real} of {of_real} {evaluation.reference}s. Where these are few, the '
+                'generator has failed.'
+            )
+
+
+def _fills(volume: np.ndarray) -> bool:
+    """Whether a tumour, what is above -1, reaches all six faces of the box or fills nearly all of it."""
+    tumour = volume > -1
+    faces = [tumour.take(place, axis).any() for axis in range(3) for place in (0, -1)]
+    return bool(all(faces) or tumour.mean() > FULL)

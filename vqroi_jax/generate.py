@@ -9,7 +9,6 @@ Volumes come and go one by one; no more than what the sampler computes together 
 import dataclasses
 import functools
 import math
-import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,10 +34,10 @@ from vqroi_jax.data.roi import (
     unscale,
     voxel_spacing,
 )
-from vqroi_jax.errors import InputError, Stopped
+from vqroi_jax.errors import InputError, Stopped, check_fields
 from vqroi_jax.stopping import stop_requests
 from vqroi_jax.training import partitioning
-from vqroi_jax.workdir import is_primary, open_workdir, require_space
+from vqroi_jax.workdir import is_primary, open_workdir, require_space, write_atomically
 
 DESCRIPTION = 'SYNTHETIC tumour ROI made by vqroi_jax, not a patient'
 PASTED_DESCRIPTION = 'SYNTHETIC tumour pasted into a brain by vqroi_jax, not a patient'
@@ -109,7 +108,7 @@ def check_settings(config: ConfigDict) -> None:
     if not config.transformer_workdir:
         raise InputError('no --config.transformer_workdir given; name the run of stage 2 to sample from')
     intensity, pasted = config.intensity, config.paste.maximum
-    ranges = (
+    fields = (
         ('seed', 0 <= config.seed < 2**32, 'a whole number from 0 to 2**32 - 1'),
         ('number', config.number >= 1, 'at least 1 sample of each class'),
         ('figure_samples', config.figure_samples >= 1, 'at least 1 sample of each class'),
@@ -117,9 +116,7 @@ def check_settings(config: ConfigDict) -> None:
         ('intensity.background', 0 <= intensity.background < 1, 'a share of the maximum, from 0 to under 1'),
         ('paste.maximum', 0 <= pasted <= _LARGEST, "an intensity above 0, or 0 for the brain's own"),
     )
-    for field, good, expected in ranges:
-        if not good:
-            raise InputError(f'config.{field}={operator.attrgetter(field)(config)}: expected {expected}')
+    check_fields('config', config, fields)
     centre = config.paste.centre
     if not config.paste.brain and (centre or config.paste.maximum):
         raise InputError('config.paste.brain is empty, but where or how to paste is set; name the brain')
@@ -322,7 +319,7 @@ class _Store:
         try:
             for path, image in zip(self._paths(row), images, strict=True):
                 if not (listed and path.exists()):
-                    samples.write_whole(path, samples.pack(image))
+                    write_atomically(path, samples.pack(image))
                     written.append(path)
             if not listed:
                 self._manifest.append(row)

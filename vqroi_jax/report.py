@@ -42,7 +42,10 @@ _MEANINGS = {  # by the beginning of a metric's name: what it says, for a reader
         'How often a classifier trained on real ROIs tells a synthetic one as the class it was made for. The floor is '
         'how often it is right on real ROIs that it has not seen.'
     ),
-    'tumour volume': 'Kolmogorov-Smirnov distance between the distributions (0: the same, 1: apart).',
+    'tumour volume': (
+        'Kolmogorov-Smirnov distance between the distributions of n ROIs each (0: the same, 1: apart); the histograms '
+        'below and the distances on them are of all.'
+    ),
     'surface': 'The same of surface to volume: high for ragged or small tumours.',
     'mean intensity': "The same of the tumours' mean intensity.",
     'reconstruction': (
@@ -114,7 +117,7 @@ def render_experiment(found: Mapping, roc: Figure, confusions: Mapping[str, Figu
         }
         for name, arm in found['arms'].items()
     }
-    sets = [('Real', found['real'])]
+    sets = [('Phantoms' if found['real']['phantoms'] else 'Real', found['real'])]
     return render_page(
         EXPERIMENT_TEMPLATE,
         found={**found, 'arms': arms},

@@ -19,13 +19,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from vqroi_jax.data.pipeline import Batch, PreparedCohort, RoiSource, is_prepared, open_cohort
-from vqroi_jax.data.samples import write_whole
 from vqroi_jax.data.splits import SPLITS
 from vqroi_jax.errors import InputError
 from vqroi_jax.trained import TrainedVQGAN
 from vqroi_jax.training import partitioning
 from vqroi_jax.training.transformer import AXES
-from vqroi_jax.workdir import is_primary
+from vqroi_jax.workdir import is_primary, write_atomically
 
 FOLDER = 'tokens'  # in the folder of stage 1
 
@@ -186,4 +185,4 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
 def _save(path: Path, arrays: dict[str, Any]) -> None:
     content = io.BytesIO()
     np.savez(content, **arrays)
-    write_whole(path, content.getvalue())
+    write_atomically(path, content.getvalue())

@@ -119,14 +119,23 @@ def require_space(folder: Path, size: int, what: str) -> None:
         )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that, whenever the process dies, it is there as a whole or as it was."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that, whenever the process dies, it is there as a whole or as it was; makes its folder.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full; nothing is left of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'{path.name}.tmp')
-    with open(temporary, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _lock(lock: Any, folder: Path) -> None:

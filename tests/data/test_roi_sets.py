@@ -14,6 +14,7 @@ from vqroi_jax.data.phantom import CLASSES, make_phantom
 from vqroi_jax.data.roi import crop_roi, scale, to_nifti, to_volume
 from vqroi_jax.data.roi_sets import open_sets
 from vqroi_jax.errors import InputError
+from vqroi_jax.workdir import write_atomically
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 SPACED = np.array([[-1.0, 0, 0, 5], [0, -2.0, 0, 7], [0, 0, 3.0, -4], [0, 0, 0, 1]])
@@ -213,7 +214,7 @@ def test_perfect_copies_of_a_cohort_of_any_axes_are_equal_to_it(tmp_path, codes)
         voxels = to_nifti(source.volume(i)[..., 0] + 1) / 2
         image = samples.make_nifti(voxels, samples.centred_affine((16, 16, 16), cohort.spacing()), 'a copy')
         label = cohort.classes[source.labels[i]]
-        samples.write_whole(tmp_path / 'made' / label / f'{name}.nii.gz', samples.pack(image))
+        write_atomically(tmp_path / 'made' / label / f'{name}.nii.gz', samples.pack(image))
     with open_sets(str(tmp_path / 'cohort'), str(tmp_path / 'made'), settings(), tmp_path) as (one, other):
         assert sorted(one.names) == sorted(other.names) == sorted(expected)
         for i, name in enumerate(one.names):

@@ -31,12 +31,12 @@ from vqroi_jax.workdir import require_space
 
 INTENSITIES = ('as_is', 'each')
 GRIDS = ('same', 'resample')
+FULL = 0.95  # of the box: a tumour that fills more is hardly one
 
 _SPACING_TOLERANCE = 0.01  # relative
 _ROUNDING = 1e-6  # of the intensities' range
 _BACKGROUND_TOLERANCE = 0.01  # of the intensities' range, that a background may be off
 _SOFT_SHARE = 0.1  # of a box's edges, above which voxels a little above the background mean that it is not quite even
-_FULL = 0.95  # of the box: a tumour that fills more is hardly one
 _NIFTI = re.compile(r'\.nii(\.gz)?$', re.IGNORECASE)
 
 
@@ -58,6 +58,7 @@ class RoiSet:
         facts: what else a reader should know, as lines of text.
         learnt_from: patients that the generator of these ROIs was trained on; None where that is not known, and of real
             ROIs.
+        phantoms: whether they are drawings, not of patients, as far as the source says.
     """
 
     path: str
@@ -72,6 +73,7 @@ class RoiSet:
     sha256: str
     facts: tuple[str, ...]
     learnt_from: frozenset[str] | None = None
+    phantoms: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,6 +102,7 @@ class RoiSet:
             'intensity_range': list(self.range),
             'sha256': self.sha256,
             'facts': list(self.facts),
+            'phantoms': self.phantoms,
         }
 
 
@@ -153,6 +156,7 @@ class _Source:
         patients: None where they are not known.
         splits: None where there are none.
         learnt_from: see `RoiSet`.
+        phantoms: see `RoiSet`.
     """
 
     path: str
@@ -164,6 +168,7 @@ class _Source:
     patients: list[str] | None = None
     splits: list[str] | None = None
     learnt_from: frozenset[str] | None = None
+    phantoms: bool = False
 
     def keep(self, classes: Sequence[str]) -> None:
         """Forgets the ROIs of other classes."""
@@ -219,6 +224,7 @@ def _open_cohort(path: str, folder: Path) -> _Source:
         splits=[source.name for source, _ in places],
         places=places,
         read=_read_record,
+        phantoms=cohort.report['synthetic'],
     )
 
 
@@ -412,7 +418,7 @@ def _finish(
         for voxels, where in ((below, 'below'), (above, 'a little above'))
         if voxels.any()
     )
-    if np.median(filled) > _FULL:
+    if np.median(filled) > FULL:
         notes += (
             f'tumour, which is all above the background, fills {np.median(filled):.0%} of the box: is it masked?',
         )
@@ -431,4 +437,5 @@ def _finish(
         sha256=raw.sha256,
         facts=source.facts + notes,
         learnt_from=source.learnt_from,
+        phantoms=source.phantoms,
     )

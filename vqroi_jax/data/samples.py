@@ -3,7 +3,7 @@
 Last step of the data's way: `vqroi_jax.generate` writes here what a trained model draws, and whoever reads samples
 back begins with `read_manifest`. A file is written under another name and renamed, its line is appended after: what
 the manifest lists was whole when it was listed, whenever the process died. Files of the same content are the same to
-the bit. NumPy and nibabel only.
+the bit.
 """
 
 import csv
@@ -19,6 +19,7 @@ import nibabel
 import numpy as np
 
 from vqroi_jax.errors import InputError
+from vqroi_jax.workdir import write_atomically
 
 MANIFEST_FILE = 'manifest.csv'
 KEY = 'file'  # the manifest's column that names a sample
@@ -124,25 +125,6 @@ def pack(image: nibabel.Nifti1Image) -> bytes:
     return gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)  # level 1: more takes long and saves little
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there as a whole or as it was; its folder is made if need be.
-
-    Raises:
-        OSError: it cannot be written, for instance because the disk is full; nothing is left of it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def read_manifest(path: Path) -> list[dict[str, str]]:
     """The rows of a manifest, by column; none if there is no such file.
 
@@ -200,7 +182,7 @@ class Manifest:
         if self.rows:
             _append(self._path, line)
         else:
-            write_whole(self._path, _line(self._columns) + line)
+            write_atomically(self._path, _line(self._columns) + line)
         self.rows[row[KEY]] = dict(row)
 
 

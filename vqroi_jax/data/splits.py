@@ -7,7 +7,6 @@ on the disk.
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import ml_collections
 
 from vqroi_jax.data.cohort import Scan
 from vqroi_jax.errors import InputError
+from vqroi_jax.workdir import write_atomically
 
 SPLITS = ('train', 'val', 'test')
 
@@ -102,6 +102,4 @@ def _count(amount: float, patients: int) -> int:
 
 def write_splits(path: Path, splits: dict[str, list[str]]) -> None:
     """Writes split name -> scan ids as JSON; the file is whole or not there at all."""
-    half = path.with_name(path.name + '.part')
-    half.write_text(json.dumps(splits, indent=1) + '\n', encoding='utf-8')
-    os.replace(half, path)
+    write_atomically(path, json.dumps(splits, indent=1) + '\n')

@@ -78,6 +78,11 @@ class Evaluation:
     neighbours: list[dict] = dataclasses.field(default_factory=list)
     pictures: dict[str, Picture] = dataclasses.field(default_factory=dict)
 
+    @property
+    def reference(self) -> str:
+        """What one of the real ROIs is called in figures and tables."""
+        return 'phantom' if self.real.phantoms else 'real ROI'
+
     def rng(self, purpose: str) -> np.random.Generator:
         """Random numbers that depend on the seed and the purpose alone."""
         return np.random.default_rng([self.config.seed, zlib.crc32(purpose.encode())])

@@ -29,7 +29,8 @@ def measure_frechet(evaluation: Evaluation) -> None:
         _measure_planes(evaluation, BY_INCEPTION, "FID's Inception-v3", seen)
     if len(evaluation.real.classes) > 1:
         real, fake = (of_classifier[:, None] for _, of_classifier in evaluation.told)
-        text, repeats = 'features of a 3D classifier trained on real ROIs', evaluation.config.frechet_bootstrap
+        text = f'features of a 3D classifier trained on {evaluation.reference}s'
+        repeats = evaluation.config.frechet_bootstrap
         for sides in evaluation.sides:
             evaluation.compare(BY_CLASSIFIER, sides, _slice_distance, real, fake, text, repeats)
 
@@ -124,7 +125,8 @@ def measure_agreement(evaluation: Evaluation) -> None:
             (real, [np.intersect1d(tried, evaluation.real.of(number)) for number in range(len(evaluation.sides))]),
         )
     ]
-    text = f'a small CNN trained on real ROIs for {evaluation.config.classifier.epochs} epochs; floor: held-out ROIs'
+    epochs = evaluation.config.classifier.epochs
+    text = f'a small CNN trained on {evaluation.reference}s for {epochs} epochs; floor: held-out ones'
     by_class = [[(float(np.mean(hits)), _spread_of_share(hits)) for hits in side] for side in right]
     for number, label in enumerate(evaluation.real.classes):
         counts = len(right[0][number]), len(right[1][number])

@@ -54,9 +54,17 @@ def measure_privacy(evaluation: Evaluation) -> None:
             found[some] = similarities(pairs[some], part.volumes, others, 'standard', False)
         found = np.where(np.isinf(np.take_along_axis(away, places, axis=1)), -np.inf, found.reshape(len(rows), number))
         best = np.arange(len(rows)), found.argmax(axis=1)
-        nearest[name] = found[best], candidates[best], np.sqrt(seen.min(axis=1)), mirrored[best]
+        nearest[name] = (
+            found[best],
+            candidates[best],
+            np.sqrt(seen.min(axis=1)),
+            mirrored[best],
+            training[seen.argmin(axis=1)],
+        )
     limits = float(nearest['real'][0].max()), float(nearest['real'][2].min())
-    text = f'among {len(training)} real ROIs in all 8 mirrorings; MS-SSIM of the {number} nearest in voxels'
+    text = (
+        f'among {len(training)} {evaluation.reference}s in all 8 mirrorings; MS-SSIM of the {number} nearest in voxels'
+    )
     counts = len(nearest['fake'][0]), len(nearest['real'][0])
     for name, place in zip(NEAREST, (0, 2), strict=True):
         values = [
@@ -68,7 +76,7 @@ def measure_privacy(evaluation: Evaluation) -> None:
             for side, n in zip(('fake', 'real'), counts, strict=True)
         ]
         evaluation.add(name, '', values, counts, 'floor', f'median; {text}')
-    similar, which, far, mirrored = nearest['fake']
+    similar, which, far, mirrored, by_vgg = nearest['fake']
     closer = (similar > limits[0]) | (far < limits[1])
     order = np.lexsort((-similar, ~closer))
     for row in order[: max(int(closer.sum()), _SHOWN)]:
@@ -79,6 +87,7 @@ def measure_privacy(evaluation: Evaluation) -> None:
                 'mirrored': ', '.join(_AXES[axis] for axis in _MIRRORINGS[mirrored[row]]),
                 'ms_ssim': float(similar[row]),
                 'vgg_distance': float(far[row]),
+                'real_by_vgg': real.ids[by_vgg[row]],
                 'closer_than_any_held_out': bool(closer[row]),
             }
         )
@@ -95,9 +104,14 @@ def measure_privacy(evaluation: Evaluation) -> None:
     evaluation.pictures['nearest'] = viz.neighbours(
         evaluation.fake.volumes[shown],
         np.stack([_mirrored(real.volumes[which[row]], mirrored[row]) for row in shown]),
-        [f'{evaluation.fake.ids[row]}, MS-SSIM {similar[row]:.3f}' for row in shown],
+        [evaluation.fake.ids[row] for row in shown],
         [title + ', mirrored' * bool(mirrored[row]) for title, row in zip(titles, shown, strict=True)],
+        [
+            f'MS-SSIM {similar[row]:.3f}, VGG distance {far[row]:.3g}' + ' to another' * bool(by_vgg[row] != which[row])
+            for row in shown
+        ],
         real.spacing,
+        evaluation.reference,
     )
 
 

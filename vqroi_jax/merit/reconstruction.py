@@ -80,8 +80,9 @@ def measure_reconstruction(evaluation: Evaluation) -> None:
         groups = {'': np.arange(len(made_from)), **groups}
     where = 'the whole ROI' if settings.empty == 'keep' else "the original's extent"
     scaled = '; each ROI scaled by its own maximum' if evaluation.config.intensity == 'each' else ''
+    floor = f'floor: another {evaluation.reference} of the class'
     for name, (better, text) in FIGURES.items():
-        how = f'{text.format(slices=settings.number, where=where)}{scaled}; floor: another real ROI of the class'
+        how = f'{text.format(slices=settings.number, where=where)}{scaled}; {floor}'
         for label, rows in groups.items():
             values = [
                 evaluation.bootstrap(f'{name} {label}', lambda drawn, of=side[name]: float(np.mean(of[drawn])), rows)

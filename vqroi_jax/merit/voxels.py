@@ -104,7 +104,7 @@ def measure_mmd(evaluation: Evaluation) -> None:
             (functools.partial(mmd.linear, distances), 'voxels in [-1, 1], biased'),
             (
                 functools.partial(mmd.unbiased_of_rows, kernel),
-                f'voxels, bandwidth {bandwidth:.4g} (median of the real ones), unbiased',
+                f'voxels, bandwidth {bandwidth:.4g} (median distance of {2 * n} {evaluation.reference}s), unbiased',
             ),
         )
         for name, (statistic, text) in zip(MMD, statistics, strict=True):
@@ -119,18 +119,18 @@ def measure_statistics(evaluation: Evaluation) -> None:
         real, fake = (quantities[name] for quantities in measured)
         for number, sides in enumerate(evaluation.sides):
             medians = (np.median(real[evaluation.real.of(number)]), np.median(fake[evaluation.fake.of(number)]))
-            text = f'KS distance; medians: real {medians[0]:.3g}, synthetic {medians[1]:.3g}'
+            text = f'KS distance; medians of all: {evaluation.reference}s {medians[0]:.3g}, synthetic {medians[1]:.3g}'
             evaluation.compare(name, sides, _ks_distance, real, fake, text)
         of_real, of_fake = (
             {label: quantities[name][part.of(i)] for i, label in enumerate(part.classes)}
             for quantities, part in zip(measured, (evaluation.real, evaluation.fake), strict=True)
         )
-        evaluation.pictures[name] = viz.distributions(of_real, of_fake, name)
+        evaluation.pictures[name] = viz.distributions(of_real, of_fake, name, evaluation.reference)
     histograms = [
         {label: quantities['histogram'][part.of(i)].mean(axis=0) for i, label in enumerate(part.classes)}
         for quantities, part in zip(measured, (evaluation.real, evaluation.fake), strict=True)
     ]
-    evaluation.pictures['intensities'] = viz.intensities(*histograms)
+    evaluation.pictures['intensities'] = viz.intensities(histograms[0], histograms[1], evaluation.reference)
 
 
 def _ks_distance(x: np.ndarray, y: np.ndarray) -> float:

@@ -63,7 +63,7 @@ def median_bandwidth(distances: jax.Array) -> jax.Array:
     Args:
         distances: squared, `[n, n]`.
     """
-    return jnp.sqrt(jnp.median(distances[jnp.triu_indices(len(distances), 1)]))
+    return jnp.median(jnp.sqrt(distances[jnp.triu_indices(len(distances), 1)]))
 
 
 def gaussian_kernel(distances: jax.Array, bandwidth: jax.Array | float) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from vqroi_jax.errors import InputError
+from vqroi_jax.errors import check_fields
 
 Tree = TypeVar('Tree')
 
@@ -27,7 +27,7 @@ def check(settings: ml_collections.ConfigDict, field: str) -> None:
     Raises:
         InputError: naming the field and what would do.
     """
-    for name, good, expected in (
+    fields = (
         ('learning_rate', 0 < settings.learning_rate < math.inf, 'more than 0'),
         ('final_learning_rate', 0 <= settings.final_learning_rate < math.inf, '0 or more'),
         ('b1', 0 <= settings.b1 < 1, '0 to below 1'),
@@ -35,9 +35,8 @@ def check(settings: ml_collections.ConfigDict, field: str) -> None:
         ('epsilon', 0 < settings.epsilon < math.inf, 'more than 0'),
         ('clip_value', 0 <= settings.clip_value < math.inf, '0 (no clipping) or more'),
         ('weight_decay', 'weight_decay' not in settings or 0 <= settings.weight_decay < math.inf, '0 or more'),
-    ):
-        if not good:
-            raise InputError(f'{field}.{name}={settings[name]}: expected {expected}')
+    )
+    check_fields(field, settings, fields)
 
 
 def make_optimizer(

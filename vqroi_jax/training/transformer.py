@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from vqroi_jax import masking
-from vqroi_jax.errors import InputError
+from vqroi_jax.errors import InputError, check_fields
 from vqroi_jax.models.layers import REMATS
 from vqroi_jax.models.transformer import Transformer
 from vqroi_jax.training import optimizers, partitioning
@@ -61,13 +61,12 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     Raises:
         InputError: naming the field and what would do.
     """
-    for field, value, good, expected in (
-        ('seed', config.seed, 0 <= config.seed < 2**32, '0 to 2**32 - 1'),
-        ('ema_decay', config.ema_decay, 0 <= config.ema_decay < 1, '0 (none) to below 1'),
-        ('figure_rois', config.figure_rois, config.figure_rois >= 1, '1 or more'),
-    ):
-        if not good:
-            raise InputError(f'config.{field}={value}: expected {expected}')
+    fields = (
+        ('seed', 0 <= config.seed < 2**32, '0 to 2**32 - 1'),
+        ('ema_decay', 0 <= config.ema_decay < 1, '0 (none) to below 1'),
+        ('figure_rois', config.figure_rois >= 1, '1 or more'),
+    )
+    check_fields('config', config, fields)
     optimizers.check(config.optimizer, 'config.optimizer')
 
 

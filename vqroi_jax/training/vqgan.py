@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from vqroi_jax import losses
 from vqroi_jax.data.roi import check_roi_size
-from vqroi_jax.errors import InputError
+from vqroi_jax.errors import InputError, check_fields
 from vqroi_jax.models import perceptual, quantizer
 from vqroi_jax.models.discriminator import Discriminator
 from vqroi_jax.models.layers import REMATS
@@ -120,19 +120,18 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     """
     check_sizes(config)
     codebook, terms = config.codebook, config.losses
-    for field, value, good, expected in (
-        ('seed', config.seed, 0 <= config.seed < 2**32, '0 to 2**32 - 1'),
-        ('ema_decay', config.ema_decay, 0 <= config.ema_decay < 1, '0 (none) to below 1'),
-        ('figure_rois', config.figure_rois, config.figure_rois >= 1, '1 or more'),
-        ('discriminator.channels', config.discriminator.channels, config.discriminator.channels, '1 number or more'),
-        ('codebook.decay', codebook.decay, 0 <= codebook.decay < 1, '0 to below 1'),
-        ('codebook.init_batches', codebook.init_batches, codebook.init_batches >= 1, '1 or more'),
-        ('codebook.kmeans_rounds', codebook.kmeans_rounds, codebook.kmeans_rounds >= 0, '0 or more'),
-        ('losses.slices', terms.slices, terms.slices >= 1, '1 or more'),
-        ('losses.label_smoothing', terms.label_smoothing, 0 <= terms.label_smoothing < 1, '0 to below 1'),
-    ):
-        if not good:
-            raise InputError(f'config.{field}={value}: expected {expected}')
+    fields = (
+        ('seed', 0 <= config.seed < 2**32, '0 to 2**32 - 1'),
+        ('ema_decay', 0 <= config.ema_decay < 1, '0 (none) to below 1'),
+        ('figure_rois', config.figure_rois >= 1, '1 or more'),
+        ('discriminator.channels', config.discriminator.channels, '1 number or more'),
+        ('codebook.decay', 0 <= codebook.decay < 1, '0 to below 1'),
+        ('codebook.init_batches', codebook.init_batches >= 1, '1 or more'),
+        ('codebook.kmeans_rounds', codebook.kmeans_rounds >= 0, '0 or more'),
+        ('losses.slices', terms.slices >= 1, '1 or more'),
+        ('losses.label_smoothing', 0 <= terms.label_smoothing < 1, '0 to below 1'),
+    )
+    check_fields('config', config, fields)
     optimizers.check(config.optimizer, 'config.optimizer')
 
 
@@ -144,22 +143,20 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
     """
     check_roi_size(config.data.roi_size)
     model, levels = config.model, len(config.model.channels)
-    for field, value, good, expected in (
-        ('codebook.codes', config.codebook.codes, config.codebook.codes >= 2, '2 or more'),
-        ('model.channels', model.channels, levels and min(model.channels) >= 1, 'numbers of 1 or more'),
-        ('model.hidden', model.hidden, model.hidden >= 1, '1 or more'),
-        ('model.code_features', model.code_features, model.code_features >= 1, '1 or more'),
-        ('model.num_groups', model.num_groups, model.num_groups >= 1, '1 or more'),
-        ('model.classifier_dropout', model.classifier_dropout, 0 <= model.classifier_dropout < 1, '0 to below 1'),
+    fields = (
+        ('codebook.codes', config.codebook.codes >= 2, '2 or more'),
+        ('model.channels', levels and min(model.channels) >= 1, 'numbers of 1 or more'),
+        ('model.hidden', model.hidden >= 1, '1 or more'),
+        ('model.code_features', model.code_features >= 1, '1 or more'),
+        ('model.num_groups', model.num_groups >= 1, '1 or more'),
+        ('model.classifier_dropout', 0 <= model.classifier_dropout < 1, '0 to below 1'),
         (
             'discriminator.channels',
-            config.discriminator.channels,
             min(config.discriminator.channels, default=1) >= 1,
             'numbers of 1 or more',
         ),
-    ):
-        if not good:
-            raise InputError(f'config.{field}={value}: expected {expected}')
+    )
+    check_fields('config', config, fields)
     for name in ('encoder_res_blocks', 'decoder_res_blocks'):
         if len(model[name]) != levels:
             raise InputError(f'config.model.{name} has {len(model[name])} entries; channels has {levels}')

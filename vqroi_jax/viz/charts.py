@@ -15,13 +15,19 @@ from scipy import stats
 from vqroi_jax.viz.page import COLOURS, FAINT, LIGHT, MARGIN, SMALL, TEXT, TITLE, Page, style
 
 
-def distributions(real: Mapping[str, Sequence[float]], made: Mapping[str, Sequence[float]], quantity: str) -> Figure:
+def distributions(
+    real: Mapping[str, Sequence[float]],
+    made: Mapping[str, Sequence[float]],
+    quantity: str,
+    reference: str = 'real ROI',
+) -> Figure:
     """How a quantity is distributed, real beside synthetic: a panel a class, with the Kolmogorov-Smirnov distance.
 
     Args:
         real: for each class its values of patients, at least one.
         made: the same of samples, at least one; the same classes.
         quantity: its name and unit, such as 'tumour volume [mL]'.
+        reference: what `real` are of.
     """
     page = Page(4.4 * len(real) + 0.4, 3.2)
     everything = np.concatenate([*real.values(), *made.values()])
@@ -30,28 +36,29 @@ def distributions(real: Mapping[str, Sequence[float]], made: Mapping[str, Sequen
     for number, (label, values) in enumerate(real.items()):
         axes = _panel(page, number, label, quantity, '% of the class')
         distance = stats.ks_2samp(values, made[label]).statistic
-        for name, part, colour in (('real', values, COLOURS[1]), ('synthetic', made[label], COLOURS[0])):
+        for name, part, colour in ((f'{reference}s', values, COLOURS[1]), ('synthetic', made[label], COLOURS[0])):
             weights = np.full(len(part), 100 / len(part))
             median = np.format_float_positional(float(np.median(part)), precision=3, fractional=False, trim='-')
             text = f'{name}: {len(part)}, median {median}'
             axes.hist(part, edges, weights=weights, color=colour, alpha=0.3)
             axes.hist(part, edges, weights=weights, color=colour, histtype='step', linewidth=1.5, label=text)
         axes.set_xlim(edges[0], edges[-1])
-        _legend_above(axes, f'KS distance {distance:.2f}')
+        _legend_above(axes, f'KS distance of all these {distance:.2f}')
     return page.figure
 
 
-def intensities(real: Mapping[str, np.ndarray], made: Mapping[str, np.ndarray]) -> Figure:
+def intensities(real: Mapping[str, np.ndarray], made: Mapping[str, np.ndarray], reference: str = 'real ROI') -> Figure:
     """How bright tumours are, real beside synthetic: a panel a class.
 
     Args:
         real: for each class the share of its tumours' voxels in equal bins of [-1, 1], each ROI counting the same.
         made: the same of samples; the same classes.
+        reference: what `real` are of.
     """
     page = Page(4.4 * len(real) + 0.4, 3.2)
     for number, (label, shares) in enumerate(real.items()):
         axes = _panel(page, number, label, "intensity, -1 to the ROI's range's end at 1", '% of the tumour')
-        for name, part, colour in (('real', shares, COLOURS[1]), ('synthetic', made[label], COLOURS[0])):
+        for name, part, colour in ((f'{reference}s', shares, COLOURS[1]), ('synthetic', made[label], COLOURS[0])):
             edges = np.linspace(-1, 1, len(part) + 1)
             axes.stairs(100 * part, edges, color=colour, alpha=0.3, fill=True)
             axes.stairs(100 * part, edges, color=colour, linewidth=1.5, label=name)
@@ -133,7 +140,7 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
         style(axes)
         axes.set_title(name.replace('_', ' '), color=LIGHT, fontsize=TEXT + 1, loc='left')
         axes.set_xlabel('step')
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
         for label, points in lines.items():
             steps, values = zip(*points, strict=True)
             marker = '.' if len(steps) < 30 else ''

@@ -1,14 +1,16 @@
 """What all figures are drawn on: a dark page that is laid out in inches, its colours and sizes of text."""
 
+import io
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from vqroi_jax.workdir import write_atomically
 
 DARK, LIGHT, FAINT = '#161616', '#e8e8e8', '#a0a0a0'  # behind images; text; lesser text
 COLOURS = ('#e69f00', '#56b4e9', '#009e73', '#cc79a7', '#f0e442', '#d55e00', '#0072b2')  # Okabe and Ito's
@@ -43,13 +45,16 @@ class Page:
         self.figure.text(left / self.width, 1 - baseline / self.height, text, fontsize=size, color=colour)
 
     def colour_bar(self, left: float, top: float, width: float, image: AxesImage, name: str) -> None:
-        """Draws the scale of an image's colours."""
-        bar = self.figure.colorbar(image, cax=self.axes(left, top, width, 0.12), orientation='horizontal')
+        """Draws the scale of an image's colours; of one that lies over others, as seen from white down to black."""
+        height = 0.12 if image.get_alpha() is None else 0.2
+        axes = self.axes(left, top + 0.12 - height, width, height)
+        bar = self.figure.colorbar(image, cax=axes, orientation='horizontal')
         bar.set_label(name, color=LIGHT, fontsize=TEXT)
         bar.outline.set_visible(False)
-        if bar.solids is not None:
-            bar.solids.set_alpha(1)
-        bar.ax.tick_params(colors=LIGHT, labelsize=TEXT)
+        axes.tick_params(colors=LIGHT, labelsize=TEXT)
+        if image.get_alpha() is not None:
+            extent = *axes.get_xlim(), *axes.get_ylim()
+            axes.imshow(((1,), (0,)), 'gray', aspect='auto', interpolation='bilinear', extent=extent, zorder=0)
 
 
 def style(axes: Axes) -> None:
@@ -60,7 +65,8 @@ def style(axes: Axes) -> None:
     axes.grid(color='#3a3a3a', linewidth=0.5)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.ticklabel_format(axis='y', scilimits=(-3, 5), useOffset=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:.7g}'))  # whole, none of it beside the axis
     for side, spine in axes.spines.items():
         spine.set_visible(side in ('left', 'bottom'))
         spine.set_color(FAINT)
@@ -68,14 +74,6 @@ def style(axes: Axes) -> None:
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Writes a figure as PNG; the file is there as a whole or not at all. Its folder is made if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            figure.savefig(file, format='png')
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    file = io.BytesIO()
+    figure.savefig(file, format='png')
+    write_atomically(Path(path), file.getvalue())

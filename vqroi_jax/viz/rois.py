@@ -17,6 +17,7 @@ from vqroi_jax.viz.page import CAPTION, COLOURS, FAINT, GAP, LIGHT, MARGIN, SMAL
 
 _DIFFERENCES = LinearSegmentedColormap.from_list('differences', ('#8fd8ff', '#2b78c2', '#202020', '#c24f2b', '#ffb98f'))
 _OVERLAY_OPACITY = 0.45
+_GLOW = 'importance score, over bright (above) to dark voxels'
 _HAZE = -0.9  # what is darker in a decoded volume counts as background when its centre is looked for
 _VIEW = "axial, coronal and sagittal slice through the tumour's centre of mass; the patient's right is on the left"
 
@@ -127,7 +128,7 @@ def reconstructions(
         shades = table.cell.draw(panels[2], difference, centre, cmap=_DIFFERENCES, vmin=-limit, vmax=limit)
         glow = overlay.draw(table.cell, panels[3], original, score, centre)
     table.colour_bar(2, shades, 'difference')
-    table.colour_bar(3, glow, 'importance score')
+    table.colour_bar(3, glow, _GLOW)
     return table.page.figure
 
 
@@ -167,16 +168,18 @@ def completions(
         glow = overlay.draw(table.cell, panels[1], original, score, middle(original))
         for panel, volume in ((0, original), (2, recon), (3, half), (4, sample)):
             table.cell.draw(panels[panel], volume, middle(_without_haze(volume)))
-    table.colour_bar(1, glow, 'importance score')
+    table.colour_bar(1, glow, _GLOW)
     return table.page.figure
 
 
 def neighbours(
     samples: np.ndarray,
     nearest: np.ndarray,
-    captions: Sequence[str],
+    names: Sequence[str],
     ids: Sequence[str],
+    measures: Sequence[str],
     spacing: Sequence[float] | None = None,
+    reference: str = 'real ROI',
 ) -> Figure:
     """One row a sample: it, the real ROI that is most like it, and their difference.
 
@@ -185,20 +188,23 @@ def neighbours(
     Args:
         samples: [n,D,H,W] in [-1,1], background -1.
         nearest: [n,D,H,W] in [-1,1].
-        captions: [n] what to write over each sample.
+        names: [n] what to write over each sample.
         ids: [n] what to write over each real ROI.
+        measures: [n] how near they are, to write over each difference.
         spacing: mm a voxel along depth, height and width, for proportions and a scale bar; None if not known.
+        reference: what the ROIs are that samples are compared with.
 
     Raises:
         ValueError: the arguments are not equally many.
     """
-    table = _Table.of(samples, ('synthetic', 'nearest real ROI', 'synthetic - real'), spacing, below=1.1)
+    columns = ('synthetic', f'nearest {reference}', f'synthetic - {reference}')
+    table = _Table.of(samples, columns, spacing, below=1.1)
     differences = samples.astype(np.float32) - nearest
     limit = max(float(np.abs(differences).max()), 1e-3)
-    rows = zip(samples, nearest, differences, captions, ids, strict=True)
-    for row, (sample, real, difference, caption, name) in enumerate(rows):
+    rows = zip(samples, nearest, differences, names, ids, measures, strict=True)
+    for row, (sample, real, difference, *captions) in enumerate(rows):
         centre = middle(sample)
-        panels = table.row(row, (caption, name))
+        panels = table.row(row, captions)
         table.cell.draw(panels[0], sample, centre)
         table.cell.draw(panels[1], real, centre)
         shades = table.cell.draw(panels[2], difference, centre, cmap=_DIFFERENCES, vmin=-limit, vmax=limit)
