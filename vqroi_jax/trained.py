@@ -420,6 +420,7 @@ class Sampler:
         self._group, self._classes = self._sampling.sub_batch, classes
         self._model, self._vqgan, self._mesh = model, vqgan, mesh
         self._whole = partitioning.replicated(mesh)
+        self._params: Any = None
         self.reseed(seed)
         self._variables = jax.device_put(vqgan.variables, self._whole)
         draw = draw_function(model, vqgan.model.codes, self._sampling)
