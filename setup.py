@@ -11,7 +11,7 @@ TEST = [
     'mypy>=2.4,<3',
     'nbclient>=0.10',
     'pytest>=8.2',
-    'pytest-xdist>=3.6',
+    'pytest-xdist>=3.7',
     'ruff>=0.15,<0.18',
     'scipy>=1.13',
 ]

@@ -7,6 +7,7 @@ again.
 And what several tests of stage 2 begin with: a stage 1 that was trained for a moment.
 """
 
+import collections
 import gc
 import os
 import pathlib
@@ -33,7 +34,25 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 gc.set_threshold(20_000, 20, 20)  # tracing makes many objects, of which few are garbage
 
+# Files that take a minute or more begin first, so that no process is left with one at the end.
+SLOWEST = (
+    'training/test_vqgan.py',
+    'test_demo.py',
+    'test_train_classifier.py',
+    'training/test_transformer.py',
+    'test_api.py',
+    'test_evaluate.py',
+    'test_train_transformer.py',
+    'models/test_vqgan_model.py',
+)
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+
+
+def pytest_collection_modifyitems(items):
+    """The order of files: those of `SLOWEST`, then those of most tests."""
+    tests = collections.Counter(item.path for item in items)
+    first = {pathlib.Path(__file__).parent / name: place - len(SLOWEST) for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: (first.get(item.path, 0), -tests[item.path]))
 
 
 @pytest.fixture(scope='module', autouse=True)
