@@ -1,11 +1,13 @@
 """Preparation as a user meets it: on phantoms, a real patient, a manifest, faulty cohorts, and after a kill."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -353,6 +355,32 @@ def test_a_killed_preparation_is_never_taken_for_whole(good_cohort, tmp_path, ca
     assert not any(map(alive, workers))  # the processes that cropped went with the one that started them
     assert len(prepare.prepare(settings(good_cohort), out).split('train')) == 6
     assert sorted(os.listdir(out)) == ['brats_roi', 'cohort.json', 'figures', 'splits.json']
+
+
+def draw_for_long(task):
+    time.sleep(5)
+
+
+def test_sigterm_ends_the_drawing_of_phantoms_at_once_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.phantom, '_write_patient', draw_for_long)
+
+    def terminate():
+        while len(multiprocessing.active_children()) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # or the test's own process would end
+    sender = threading.Thread(target=terminate)
+    try:
+        sender.start()
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(settings(workers=2), tmp_path)
+        assert not multiprocessing.active_children()
+        assert not list(tmp_path.iterdir())
+    finally:
+        sender.join()
+        handler = signal.signal(signal.SIGTERM, before)
+    assert handler.__name__ == '<lambda>'  # not that of the preparation any more
 
 
 def alive(pid: int) -> bool:

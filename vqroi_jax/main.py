@@ -12,7 +12,8 @@
     --help           this text, and the fields of --config if one is given
 
 Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with everything saved; 2 something that you can mend,
-told in one line; of several processes, 1 or the signal of an abort where another was lost.
+told in one line; 130 interrupted where there was nothing to save; of several processes, 1 or the signal of an abort
+where another was lost.
 """
 
 import difflib
