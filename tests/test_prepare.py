@@ -307,6 +307,14 @@ def test_a_damaged_folder_is_told(good_cohort, tmp_path):
     with pytest.raises(InputError, match='holds no prepared cohort'):
         open_cohort(tmp_path)
     prepare.prepare(settings(good_cohort), tmp_path)
+    (records,) = tmp_path.glob('brats_roi/*/*-train.array_record-*')
+    whole = records.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b'', whole[:300] + bytes(64) + whole[364:]):
+        records.write_bytes(damaged)
+        batches = Batches(open_cohort(tmp_path).split('train'), 6, seed=0)
+        with pytest.raises(InputError, match=rf'^{records}: record . of the train split cannot be read .*; remove '):
+            next(batches.iterator())
+    records.write_bytes(whole)
     report = json.loads((tmp_path / 'cohort.json').read_text())
     (tmp_path / 'cohort.json').write_text(json.dumps(report | {'format': 0}))
     with pytest.raises(InputError, match='another version'):
