@@ -114,6 +114,12 @@ def test_an_argument_that_does_not_exist_is_told_with_the_nearest(toy, capsys, a
     assert toy.started == []
 
 
+def test_a_tuple_that_is_given_twice_is_told(toy, capsys):
+    assert run(toy, '--config.data.classes=LGG', '--config.data.classes', 'HGG') == 2
+    assert error_line(capsys) == '--config.data.classes is given twice; write all its members in one, such as A,B'
+    assert toy.started == []
+
+
 @pytest.mark.parametrize(
     ('argument', 'expected'),
     [

@@ -510,6 +510,43 @@ def test_settings_that_cannot_be_followed_are_refused(changes, message):
     assert '\n' not in str(refusal.value)
 
 
+def raises(key, tokens, scores, settings):
+    raise KeyError('importance')
+
+
+@pytest.mark.parametrize(
+    ('strategy', 'message'),
+    [
+        (raises, "fails with KeyError: 'importance'"),
+        (lambda key, tokens: None, r'fails with TypeError: .*positional arguments'),
+        (
+            lambda key, tokens, scores, settings: tokens if scores[0] > 0 else None,
+            'fails with TracerBoolConversionError',
+        ),
+        (lambda key, tokens, scores, settings: None, 'gives NoneType'),
+        (lambda key, tokens, scores, settings: (tokens, tokens), 'gives tuple'),
+        (lambda key, tokens, scores, settings: masking.Corruption(tokens, None), 'gives roles of type NoneType'),
+        (lambda key, tokens, scores, settings: masking.Corruption(scores, tokens), r'gives tokens float32 \[48\]'),
+        (lambda key, tokens, scores, settings: masking.Corruption(tokens, scores > 0), r'gives roles bool \[48\]'),
+        (lambda key, tokens, scores, settings: masking.Corruption(tokens[:3], tokens), r'gives tokens int32 \[3\]'),
+    ],
+)
+def test_a_strategy_that_fails_or_gives_something_else_is_told(strategy, message, monkeypatch):
+    monkeypatch.setitem(masking.STRATEGIES, 'own', strategy)
+    with pytest.raises(
+        InputError, match=rf"^config\.masking\.strategy='own' {message}.*; expected of \(key, "
+    ) as refusal:
+        dataclasses.replace(DEFAULT, strategy='own').check()
+    assert '\n' not in str(refusal.value)
+
+
+def test_a_module_that_fails_is_told(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'half_written.py').write_text('def strategy(:')
+    with pytest.raises(InputError, match=r"strategy='half_written:strategy': invalid syntax .*; choose one of"):
+        dataclasses.replace(DEFAULT, strategy='half_written:strategy').check()
+
+
 @pytest.mark.parametrize(
     'changes',
     [

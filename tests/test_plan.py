@@ -304,6 +304,10 @@ def test_least_times_are_those_of_the_makers_figures():
         ('target', 'v9:2x2', "config.target='v9:2x2'"),
         ('remat', ('some',), "'some' is no setting of the stage transformer, which has none, activations, blocks"),
         ('cohort.rois', 0, 'config.cohort.rois=0'),
+        ('vqgan.batch_size', 0, 'config.vqgan.batch_size=0: expected 1 or more'),
+        ('transformer.batch_size', -4, 'config.transformer.batch_size=-4: expected 1 or more'),
+        ('transformer.micro_batches', 0, 'config.transformer.micro_batches=0: expected 1 or more'),
+        ('generate.number', 0, 'config.generate.number=0: expected 1 or more'),
         ('margin', 1.0, 'config.margin=1.0'),
         (
             'transformer.model.width',

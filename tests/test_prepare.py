@@ -1,11 +1,13 @@
 """Preparation as a user meets it: on phantoms, a real patient, a manifest, faulty cohorts, and after a kill."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -305,6 +307,14 @@ def test_a_damaged_folder_is_told(good_cohort, tmp_path):
     with pytest.raises(InputError, match='holds no prepared cohort'):
         open_cohort(tmp_path)
     prepare.prepare(settings(good_cohort), tmp_path)
+    (records,) = tmp_path.glob('brats_roi/*/*-train.array_record-*')
+    whole = records.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b'', whole[:300] + bytes(64) + whole[364:]):
+        records.write_bytes(damaged)
+        batches = Batches(open_cohort(tmp_path).split('train'), 6, seed=0)
+        with pytest.raises(InputError, match=rf'^{records}: record . of the train split cannot be read .*; remove '):
+            next(batches.iterator())
+    records.write_bytes(whole)
     report = json.loads((tmp_path / 'cohort.json').read_text())
     (tmp_path / 'cohort.json').write_text(json.dumps(report | {'format': 0}))
     with pytest.raises(InputError, match='another version'):
@@ -353,6 +363,32 @@ def test_a_killed_preparation_is_never_taken_for_whole(good_cohort, tmp_path, ca
     assert not any(map(alive, workers))  # the processes that cropped went with the one that started them
     assert len(prepare.prepare(settings(good_cohort), out).split('train')) == 6
     assert sorted(os.listdir(out)) == ['brats_roi', 'cohort.json', 'figures', 'splits.json']
+
+
+def draw_for_long(task):
+    time.sleep(5)
+
+
+def test_sigterm_ends_the_drawing_of_phantoms_at_once_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.phantom, '_write_patient', draw_for_long)
+
+    def terminate():
+        while len(multiprocessing.active_children()) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # or the test's own process would end
+    sender = threading.Thread(target=terminate)
+    try:
+        sender.start()
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(settings(workers=2), tmp_path)
+        assert not multiprocessing.active_children()
+        assert not list(tmp_path.iterdir())
+    finally:
+        sender.join()
+        handler = signal.signal(signal.SIGTERM, before)
+    assert handler.__name__ == '<lambda>'  # not that of the preparation any more
 
 
 def alive(pid: int) -> bool:

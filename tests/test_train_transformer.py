@@ -16,6 +16,7 @@ from vqroi_jax.trained import load_transformer, load_vqgan
 from vqroi_jax.training import loop, partitioning, transformer
 from vqroi_jax.training.checkpoints import read_checkpoint
 from vqroi_jax.training.metric_writers import read_metrics
+from vqroi_jax.workdir import read_config
 
 
 def test_leaves_what_the_readme_says(tiny_transformer, tiny_vqgan):
@@ -204,3 +205,23 @@ def test_a_run_does_not_go_on_with_another_stage_1(tiny_transformer, tiny_transf
     (tmp_path / 'stage1.json').write_text(json.dumps({**facts, 'identity': '0' * 16}))
     with pytest.raises(InputError, match=r'started with another stage 1 or cohort .identity 0000000000000000 then'):
         train_transformer.run(tiny_transformer_config(), tmp_path)
+
+
+def test_a_run_goes_on_with_its_stage_1_at_another_place_and_with_no_other(
+    tiny_vqgan, tiny_transformer, tiny_transformer_config, tmp_path, monkeypatch
+):
+    begun = []
+    monkeypatch.setattr(train_transformer, 'train', lambda config, folder: begun.append(config.vqgan_workdir))
+    run, moved = tmp_path / 'run', copy_of_stage1(tiny_vqgan, tmp_path / 'moved')
+    run.mkdir()
+    recorded = (tiny_transformer / 'config.json').read_text()
+    (run / 'config.json').write_text(recorded)
+    facts = json.loads((tiny_transformer / 'stage1.json').read_text())
+    (run / 'stage1.json').write_text(json.dumps({**facts, 'identity': '0' * 16}))
+    config = tiny_transformer_config(vqgan_workdir=str(moved))
+    with pytest.raises(InputError, match=rf'^{moved} is not the stage 1 that {run} was started with'):
+        train_transformer.run(config, run)
+    assert (run / 'config.json').read_text() == recorded
+    (run / 'stage1.json').write_text(json.dumps(facts))
+    train_transformer.run(config, run)
+    assert begun == [read_config(run).vqgan_workdir] == [str(moved)]

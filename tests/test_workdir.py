@@ -188,6 +188,23 @@ def test_a_folder_that_may_not_be_written_is_told(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize('field', ['data.path', 'real', 'fake'])
+def test_the_folder_of_the_data_is_no_workdir(field, tmp_path, monkeypatch):
+    config = make_config()
+    config.data.path = config.real = config.fake = ''
+    monkeypatch.setenv('HOME', str(tmp_path))
+    config.update_from_flattened_dict({field: '~/data'})
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'data')
+    for path in (tmp_path / 'data', tmp_path / 'link'):
+        message = rf'^--workdir={path} is the folder of data that config\.{field} names; name another'
+        with pytest.raises(InputError, match=message), open_workdir(path, config):
+            pass
+    assert not list((tmp_path / 'data').iterdir())
+    with open_workdir(tmp_path / 'data' / 'run', config):
+        pass
+
+
 def test_a_bucket_is_told_to_be_mounted():
     with pytest.raises(InputError, match='a local or mounted folder'), open_workdir('gs://bucket/run', make_config()):
         pass

@@ -28,7 +28,7 @@ from vqroi_jax.errors import InputError
 from vqroi_jax.model_card import CARD_FILE
 from vqroi_jax.templates import render_text
 from vqroi_jax.trained import TrainedTransformer, load_transformer
-from vqroi_jax.workdir import is_primary, open_workdir, require_space, write_atomically
+from vqroi_jax.workdir import open_workdir, require_space, write_atomically
 
 FILE = 'generator.zip'
 README = 'README.txt'
@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
         path = folder / FILE
         if path.exists():
             print(f'{path} is there already; name another --workdir for another')
-        elif is_primary():
+        else:
             transformer = load_transformer(config.transformer_workdir, config.checkpoint, config.vqgan_workdir)
             export(transformer, config.sampling, tuple(config.platforms), path)
             print(

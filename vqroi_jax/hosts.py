@@ -15,7 +15,7 @@ import time
 
 from vqroi_jax.errors import InputError
 
-ONE_PROCESS = ('prepare', 'demo', 'evaluate', 'convert', 'plan')  # tasks that several processes would do twice
+ONE_PROCESS = ('prepare', 'demo', 'export', 'evaluate', 'convert', 'plan')  # what several processes would do twice
 HEARTBEAT = 60  # seconds of silence after which a process counts as lost, and the others end
 PATIENCE = 3  # seconds in which the other processes of a run that fails find that themselves, and say why
 

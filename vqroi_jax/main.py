@@ -12,7 +12,8 @@
     --help           this text, and the fields of --config if one is given
 
 Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with everything saved; 2 something that you can mend,
-told in one line; of several processes, 1 or the signal of an abort where another was lost.
+told in one line; 130 interrupted where there was nothing to save; of several processes, 1 or the signal of an abort
+where another was lost.
 """
 
 import difflib
@@ -165,15 +166,20 @@ def override(config: ConfigDict, argv: list[str]) -> None:
         argv: the program's name, then only --config.FIELD=VALUE, --config.FIELD VALUE or --[no]config.FIELD.
 
     Raises:
-        InputError: an unknown field, or a value of another type than the field has.
+        InputError: an unknown field, a value of another type than the field has, or a tuple that is set twice.
     """
     before = dict(_fields(config))
+    tuples = set()
     for argument in argv[1:]:
         flag = re.match(r'--?(?:no)?config\.([^=]*)', argument)
         if flag and flag[1] not in before:
             raise InputError(f'the config has no field {flag[1]!r}{_nearest(flag[1], before)}')
         if flag and isinstance(before[flag[1]], ConfigDict):
             raise InputError(f'{flag[1]!r} is a block of fields; set them one by one')
+        if flag and flag[1] in tuples:  # which would be put together, where the last of other values counts
+            raise InputError(f'--config.{flag[1]} is given twice; write all its members in one, such as A,B')
+        if flag and isinstance(before[flag[1]], tuple):
+            tuples.add(flag[1])
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     try:

@@ -120,6 +120,7 @@ class Settings:
             raise _refusal(self, 'block', f'expected a side of 1 to {min(self.grid)} tokens')
         if self.strategy == 'hybrid':
             self._check_hybrid()
+        self._check_outcome()
 
     def _check_hybrid(self) -> None:
         if not 0 <= self.top_k <= 1 or (self.top_k > 0 and not self.candidates):
@@ -149,6 +150,25 @@ class Settings:
                 f'too few tokens are left outside to fill up {self.important} masked ones; set it to '
                 f'{math.floor(1e4 * most / self.length) / 1e4} or less, or lower config.masking.ratio',
             )
+
+    def _check_outcome(self) -> None:
+        """Traces the strategy, which may be a user's, and refuses one that fails or gives something else."""
+        name = f'config.masking.strategy={self.strategy!r}'
+        strategy, key = find_strategy(self.strategy), jax.eval_shape(jax.random.key, 0)
+        tokens, scores = (jax.ShapeDtypeStruct((self.length,), dtype) for dtype in (jnp.int32, jnp.float32))
+        expected = f'expected of (key, tokens, scores, settings) a Corruption with whole numbers [{self.length}]'
+        try:
+            found = jax.eval_shape(lambda k, t, s: strategy(k, t, s, self), key, tokens, scores)
+        except Exception as error:  # whatever a user's code raises
+            reason = str(error).strip().partition('\n')[0]
+            raise InputError(f'{name} fails with {type(error).__name__}: {reason}; {expected}') from error
+        if not isinstance(found, Corruption):
+            raise InputError(f'{name} gives {type(found).__name__}; {expected}')
+        for part, array in found._asdict().items():
+            if not isinstance(array, jax.ShapeDtypeStruct):
+                raise InputError(f'{name} gives {part} of type {type(array).__name__}; {expected}')
+            if array.shape != (self.length,) or not jnp.issubdtype(array.dtype, jnp.integer):
+                raise InputError(f'{name} gives {part} {array.dtype} {list(array.shape)}; {expected}')
 
 
 def _refusal(settings: Settings, field: str, expected: str) -> InputError:
@@ -229,8 +249,8 @@ def find_strategy(name: str) -> Strategy:
         raise InputError(f'config.masking.strategy={name!r}: {known}')
     try:
         strategy = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f'config.masking.strategy={name!r}: {error}; {known}') from None
+    except Exception as error:  # whatever a user's module raises
+        raise InputError(f'config.masking.strategy={name!r}: {error}; {known}') from error
     if not callable(strategy):
         raise InputError(f'config.masking.strategy={name!r} is not a function; {known}')
     return strategy

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from vqroi_jax import hlo, viz
-from vqroi_jax.errors import InputError
+from vqroi_jax.errors import InputError, check_fields
 from vqroi_jax.planner import REMATS, Compiled, Planner, Search, drawing_bytes
 from vqroi_jax.targets import GIB, MIB, Chip, find_target
 from vqroi_jax.training.durations import to_steps
@@ -66,9 +66,14 @@ def check(config: ConfigDict) -> None:
     """
     if config.stage not in REMATS:
         raise InputError(f'config.stage={config.stage!r}: choose one of {", ".join(REMATS)}')
-    for name in ('rois', 'classes'):
-        if config.cohort[name] < 1:
-            raise InputError(f'config.cohort.{name}={config.cohort[name]}: expected 1 or more')
+    for block, names in (
+        ('cohort', ('rois', 'classes')),
+        ('vqgan', ('batch_size', 'micro_batches')),
+        ('transformer', ('batch_size', 'micro_batches')),
+        ('generate', ('number',)),
+    ):
+        settings = config[block]
+        check_fields(f'config.{block}', settings, [(name, settings[name] >= 1, '1 or more') for name in names])
     if not 0 <= config.margin < 1:
         raise InputError(f'config.margin={config.margin}: expected a share from 0 to below 1')
     for remat in config.remat:

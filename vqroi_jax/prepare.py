@@ -35,6 +35,7 @@ from vqroi_jax.data.pipeline import (
 from vqroi_jax.data.roi import check_roi_size, scale
 from vqroi_jax.data.splits import SPLITS, count_patients, split_patients, write_splits
 from vqroi_jax.errors import InputError
+from vqroi_jax.stopping import sigterm_interrupts
 from vqroi_jax.workdir import open_workdir, require_space, write_atomically
 
 _SCRATCH = '.preparing'
@@ -57,6 +58,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         prepare(config.data, workdir)
 
 
+@sigterm_interrupts()
 def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
     """Makes sure that `folder` holds the ROIs that `data` describes, and opens them.
 
@@ -71,6 +73,7 @@ def prepare(data: ConfigDict, folder: Path) -> PreparedCohort:
     Raises:
         InputError: A setting or the cohort cannot be used, or the disk has no room. With `data.on_error='stop'` also
             any faulty patient, once all have been looked at; every one is printed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came; what was half done is cleared away.
     """
     _check_settings(data)
     folder = Path(folder)

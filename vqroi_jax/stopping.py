@@ -43,3 +43,19 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
     if caught.is_set():
         raise Stopped('stopped with everything done and saved')
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Makes SIGTERM what Ctrl-C is, for work that has nothing to save but something to clear away.
+
+    In several processes it stays with JAX's preemption service, and outside the main thread what it is.
+    """
+    if jax.distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

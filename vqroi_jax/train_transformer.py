@@ -22,6 +22,7 @@ from vqroi_jax.decoding import UNKNOWN
 from vqroi_jax.errors import InputError
 from vqroi_jax.tokens import TokenSource, encode_cohort, encode_mirrored, find_cohort
 from vqroi_jax.trained import (
+    STAGE1_FILE,
     Sampler,
     Stage1Facts,
     TrainedVQGAN,
@@ -34,7 +35,7 @@ from vqroi_jax.trained import (
 from vqroi_jax.training import loop, partitioning, transformer
 from vqroi_jax.training.checkpoints import saved_steps
 from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
-from vqroi_jax.workdir import is_primary, open_workdir
+from vqroi_jax.workdir import is_primary, open_workdir, read_config
 
 MEASURED = ('cross_entropy', 'perplexity', 'top1')  # of the held-out patients
 MASKING_FIGURE = 'masking.png'
@@ -43,8 +44,26 @@ MASKING_FIGURE = 'masking.png'
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/transformer.py`."""
     check_trainable(workdir, "state of stage 2's optimiser")
-    with open_workdir(workdir, config) as folder:
+    free = ('vqgan_workdir',) if is_stage1_moved(config, Path(workdir)) else ()
+    with open_workdir(workdir, config, free) as folder:
         train(config, folder)
+
+
+def is_stage1_moved(config: ConfigDict, workdir: Path) -> bool:
+    """Whether a run that goes on is given another path to its stage 1; False for one that has not begun.
+
+    Raises:
+        InputError: what is at the other path is not the stage 1 that it began with.
+    """
+    if not (workdir / STAGE1_FILE).exists() or read_config(workdir).vqgan_workdir == config.vqgan_workdir:
+        return False
+    vqgan = load_vqgan(config.vqgan_workdir, config.vqgan_checkpoint)
+    if vqgan.identity != Stage1Facts.read(workdir).identity:
+        raise InputError(
+            f'{vqgan.workdir} is not the stage 1 that {workdir} was started with: the weights of step {vqgan.step} '
+            'differ; give --config.vqgan_workdir that one, or name another --workdir'
+        )
+    return True
 
 
 def train(config: ConfigDict, folder: Path) -> None:

@@ -28,6 +28,7 @@ LOCK_FILE = '.lock'
 COMPILED_FOLDER = 'compiled'  # programs, so that a run that goes on, or the same one again, does not compile anew
 COHORT_FOLDER = 'cohort'  # ROIs that a run of stage 1 prepared for itself; other settings have them prepared again
 UNASKED = {'print_shardings': False}  # fields that say what to show of a run, not what it is: recorded as not asked for
+SOURCES = ('data.path', 'real', 'fake')  # fields that name what a run reads, where nothing may be written
 LAYOUT = 'mesh.'  # block that says what a run is computed on: it may go on elsewhere, with the same results to rounding
 SHOWN_DIFFERENCES = 8  # fields; more are counted
 
@@ -55,12 +56,16 @@ def open_workdir(workdir: str | Path, config: ConfigDict, free: Sequence[str] = 
         The folder.
 
     Raises:
-        InputError: the folder cannot be made or written, is in use by another process, or holds a run with
-            another config (which is left as it is).
+        InputError: the folder cannot be made or written, is in use by another process, is the one that the run
+            reads its data from, or holds a run with another config (which is left as it is).
     """
     folder = Path(workdir)
     if '://' in str(workdir):
         raise InputError(f'--workdir={workdir}: a local or mounted folder is expected')
+    settings = _flat(config.to_dict())
+    for name in SOURCES:
+        if settings.get(name) and Path(settings[name]).expanduser().resolve() == folder.resolve():
+            raise InputError(f'--workdir={workdir} is the folder of data that config.{name} names; name another')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not is_primary():

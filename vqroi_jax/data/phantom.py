@@ -12,12 +12,10 @@ import csv
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -26,6 +24,7 @@ from ml_collections import ConfigDict
 from scipy import ndimage
 from tqdm import tqdm
 
+from vqroi_jax.data import workers as processes
 from vqroi_jax.data.phantom_brain import (
     CENTRE,
     HEAD,
@@ -292,7 +291,8 @@ def write_phantom_cohort(folder: str | os.PathLike, phantom: ConfigDict, workers
         workers: processes that draw; 0 for one a core.
 
     Raises:
-        InputError: settings out of range, `folder` holds something else, or it cannot be written.
+        InputError: settings out of range, `folder` holds something else, it cannot be written, or a process that
+            draws was killed.
     """
     folder, settings = Path(folder).absolute(), _settings(phantom)
     if _is_written(folder, settings):
@@ -301,7 +301,7 @@ def write_phantom_cohort(folder: str | os.PathLike, phantom: ConfigDict, workers
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
         try:
-            _write_all(partial, settings, workers or os.cpu_count() or 1)
+            _write_all(partial, settings, workers)
             partial.chmod(0o755)
             partial.replace(folder)
         finally:
@@ -318,14 +318,14 @@ def _write_all(folder: Path, settings: dict, workers: int) -> None:
         (str(folder / label / name), label, (settings['seed'], number), settings['spacing'])
         for label, name, number in names
     ]
+    number = processes.count(workers, len(tasks))
     with tqdm(total=len(tasks), desc='drawing phantoms', unit='patient', disable=None) as progress:
-        if workers == 1:
+        if number == 1:
             for task in tasks:
                 _write_patient(task)
                 progress.update()
-        else:  # spawned, not forked: the parent may hold the threads of JAX
-            context = multiprocessing.get_context('spawn')
-            with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
+        else:
+            with processes.pool(number, 'draws phantoms') as pool:
                 for _ in pool.map(_write_patient, tasks):
                     progress.update()
     with open(folder / 'name_mapping.csv', 'w', newline='', encoding='utf-8') as file:

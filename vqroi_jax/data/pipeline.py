@@ -53,10 +53,16 @@ class Source(Protocol):
         """The members at `index` int [b], stacked."""
 
 
+class Records(Protocol):
+    """Records by their places."""
+
+    def __getitem__(self, index: int, /) -> dict: ...
+
+
 class RoiSource:
     """Random access to the ROIs of one split, in the order of `cohort.json`; what Grain calls a data source."""
 
-    def __init__(self, name: str, ids: Sequence[str], labels: Sequence[int], records: Sequence[dict]):
+    def __init__(self, name: str, ids: Sequence[str], labels: Sequence[int], records: Records):
         self.name = name
         self.ids = tuple(ids)
         self.labels = np.asarray(labels, np.int32)  # [n], known without reading a record
@@ -98,6 +104,31 @@ class RoiSource:
         }
 
 
+class _StoredRecords:
+    """The records of one split, from the files of a prepared cohort."""
+
+    def __init__(self, folder: Path, builder: tfds.core.DatasetBuilder, split: str):
+        self._folder = folder
+        self._split = builder.info.splits[split]
+        self._records = builder.as_data_source(split)
+
+    def __getitem__(self, index: int) -> dict:
+        """The record at `index`.
+
+        Raises:
+            InputError: its file is damaged or gone.
+        """
+        try:
+            return self._records[index]
+        except (RuntimeError, ValueError) as error:  # all that ArrayRecord has; and a record that is not there
+            shard = int(np.searchsorted(np.cumsum(self._split.shard_lengths), index, side='right'))
+            reason = str(error).strip().partition('\n')[0]
+            raise InputError(
+                f'{self._split.filepaths[shard]}: record {index} of the {self._split.name} split cannot be read '
+                f'({reason}); remove {self._folder / COHORT_FILE} and prepare it again with --config=configs/prepare.py'
+            ) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class PreparedCohort:
     """A folder that `vqroi_jax.prepare` has filled.
@@ -122,7 +153,7 @@ class PreparedCohort:
         """The ROIs of 'train', 'val' or 'test'; a split without scans has length 0."""
         ids = self.splits[name]
         labels = [self.classes.index(self.scans[scan]['label']) for scan in ids]
-        return RoiSource(name, ids, labels, self._builder.as_data_source(name) if ids else ())
+        return RoiSource(name, ids, labels, _StoredRecords(self.folder, self._builder, name) if ids else ())
 
     def spacing(self, ids: Sequence[str] | None = None) -> tuple[float, ...] | None:
         """Millimetres a voxel along depth, height and width of some scans (None: of all); None where they differ."""

@@ -6,22 +6,17 @@ is opened once, and what passes between processes is a few numbers.
 """
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from vqroi_jax.data import workers
 from vqroi_jax.data.cohort import Problem, Scan
 from vqroi_jax.data.roi import PatientError, Roi, read_roi
-from vqroi_jax.errors import InputError
 
 
 def save_crop(path: Path, roi: Roi) -> None:
@@ -108,16 +103,10 @@ def crop_scans(scans: Sequence[Scan], data: ConfigDict, folder: Path) -> tuple[d
     """
     folder.mkdir(parents=True, exist_ok=True)
     results: list = [None] * len(scans)
-    bar = tqdm(total=len(scans), desc='cropping', unit='patient', disable=None)
-    try:
-        with bar:
-            for position, result in _in_processes(scans, data, folder):
-                results[position] = result
-                bar.update()
-    except BrokenProcessPool as error:
-        raise InputError(
-            'a process that crops was killed, most likely for want of memory; use fewer: --config.data.workers=1'
-        ) from error
+    with tqdm(total=len(scans), desc='cropping', unit='patient', disable=None) as bar:
+        for position, result in _in_processes(scans, data, folder):
+            results[position] = result
+            bar.update()
     return _refuse_twins(scans, results)
 
 
@@ -128,46 +117,18 @@ def crop_path(folder: Path, position: int) -> Path:
 
 def _in_processes(scans: Sequence[Scan], data: ConfigDict, folder: Path) -> Iterator[tuple[int, dict | Problem]]:
     """Yields (position, result) as they come; on one worker in this process."""
-    workers = min(data.workers or _cores(), len(scans))
-    if workers <= 1:
+    number = workers.count(data.workers, len(scans))
+    if number <= 1:
         for position, scan in enumerate(scans):
             yield position, crop_scan(scan, data, crop_path(folder, position))
         return
-    # Spawned, not forked: JAX's threads may run here already, and a fork would copy their locks.
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), initializer=_die_with_parent)
-    try:
+    with workers.pool(number, 'crops') as pool:
         futures = {
             pool.submit(crop_scan, scan, data, crop_path(folder, position)): position
             for position, scan in enumerate(scans)
         }
         for future in as_completed(futures):
             yield futures[future], future.result()
-    except BrokenProcessPool:
-        # A worker that starts while the pool breaks is not ended by it, and shutting down would wait for it for ever.
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-def _die_with_parent() -> None:
-    """Makes a worker end when the process that started it is gone, even by SIGKILL; by itself it would stay."""
-    parent = multiprocessing.parent_process()
-    assert parent, 'not in a worker'
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _refuse_twins(scans: Sequence[Scan], results: list[dict | Problem]) -> tuple[dict[str, dict], list[Problem]]:
