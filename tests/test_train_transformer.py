@@ -12,7 +12,7 @@ import pytest
 from vqroi_jax import train_transformer
 from vqroi_jax.errors import InputError, Stopped
 from vqroi_jax.tokens import encode_cohort, find_cohort
-from vqroi_jax.trained import load_transformer, load_vqgan
+from vqroi_jax.trained import Sampler, load_transformer, load_vqgan
 from vqroi_jax.training import loop, partitioning, transformer
 from vqroi_jax.training.checkpoints import read_checkpoint
 from vqroi_jax.training.metric_writers import read_metrics
@@ -109,8 +109,8 @@ def test_figures_keep_the_given_half(tiny_transformer, tiny_transformer_config, 
     sampler = train_transformer.make_sampler(recipe, vqgan, mesh)
     state = transformer.TransformerState(jnp.int32(0), trained.params, None, None)
     kept = []
-    tokens = sampler.tokens
-    monkeypatch.setattr(sampler, 'tokens', lambda *arguments: kept.append(tokens(*arguments)) or kept[-1])
+    tokens = Sampler.tokens
+    monkeypatch.setattr(Sampler, 'tokens', lambda *arguments: kept.append(tokens(*arguments)) or kept[-1])
     train_transformer.make_figures(recipe, sampler, source, cohort)(state)
     half, whole = np.split(kept[0], 2)
     np.testing.assert_array_equal(half[:, :32], source.tokens[:, :32])
