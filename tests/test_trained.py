@@ -305,3 +305,11 @@ def test_stage_2_does_not_go_on_with_other_rois(tiny_transformer, tiny_vqgan, tm
     (tmp_path / 'stage1.json').write_text(json.dumps(plain))
     facts.record(tmp_path)
     assert Stage1Facts.read(tmp_path).rois == ''
+
+
+def test_the_facts_of_a_stage_1_that_was_moved_say_where_it_is(trained, tmp_path):
+    before = dataclasses.replace(trained.facts, rois='')  # as runs of before these were known
+    before.record(tmp_path)
+    assert Stage1Facts.read(tmp_path) == before
+    dataclasses.replace(trained.facts, workdir='/elsewhere').record(tmp_path)
+    assert Stage1Facts.read(tmp_path) == dataclasses.replace(before, workdir='/elsewhere')

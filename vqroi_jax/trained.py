@@ -249,14 +249,13 @@ class Stage1Facts:
     def record(self, folder: Path) -> None:
         """Writes the file, or compares it with the one there: a run goes on with the stage 1 and ROIs it began with.
 
+        Where stage 1 was moved, the file then says where it is.
+
         Raises:
             InputError: stage 1 or the cohort has changed since.
         """
         path = folder / STAGE1_FILE
-        if not path.exists():
-            write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + '\n')
-            return
-        there = self.read(folder)
+        there = self.read(folder) if path.exists() else self
         for field in dataclasses.fields(self):
             before, now = getattr(there, field.name), getattr(self, field.name)
             known = field.name != 'rois' or before
@@ -265,6 +264,9 @@ class Stage1Facts:
                     f'{folder} was started with another stage 1 or cohort ({field.name} {before} then, {now} now); '
                     'name another --workdir'
                 )
+        if not path.exists() or there.workdir != self.workdir:
+            facts = dataclasses.asdict(there) | {'workdir': self.workdir}
+            write_atomically(path, json.dumps(facts, indent=2) + '\n')
 
     @classmethod
     def read(cls, folder: Path) -> 'Stage1Facts':
