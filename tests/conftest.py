@@ -8,11 +8,13 @@ And what several tests of stage 2 begin with: a stage 1 that was trained for a m
 """
 
 import collections
+import fcntl
 import gc
 import os
 import pathlib
 import re
 import runpy
+import shutil
 import socket
 import subprocess
 
@@ -112,9 +114,16 @@ def tiny_vqgan(tmp_path_factory):
     config.losses.adversarial_start = '3 steps'
     config.training.duration = '4 steps'
     config.training.eval_every = config.training.checkpoint_every = config.training.figures_every = '4 steps'
-    folder = tmp_path_factory.mktemp('stage1')
-    train_vqgan.run(config, folder)
-    return folder
+    # One of the processes that run tests trains it; all use copies of their own.
+    root = tmp_path_factory.getbasetemp()
+    common = (root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root) / 'stage1'
+    with open(common.with_suffix('.lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not common.exists():
+            part = common.with_suffix('.part')
+            train_vqgan.run(config, part)
+            part.rename(common)
+    return shutil.copytree(common, tmp_path_factory.mktemp('stage1') / 'run')
 
 
 @pytest.fixture(scope='session')

@@ -26,6 +26,8 @@ def smoke_config(variant='smoke'):
         stage.data.roi_size = (16, 16, 16)
         stage.data.split.test = 1.0
     config.vqgan.discriminator.channels = (8,)
+    for stage in (config.vqgan, config.transformer):
+        stage.mesh.data, stage.batch_size, stage.eval_batch_size = 1, 4, 4
     config.evaluate.metrics = ('mmd', 'agreement', 'statistics')  # the rest takes VGG16's time, and has its own tests
     config.vqgan.training.duration = config.transformer.training.duration = '5 steps'
     return config
@@ -76,7 +78,16 @@ def test_what_a_stage_cannot_use_is_told_before_the_first(field, value, message,
     assert {path.name for path in tmp_path.iterdir()} == {'.lock'}  # so that a mended one may begin there
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'notebooks').glob('*.ipynb')), ids=lambda path: path.stem)
+LONG_NOTEBOOKS = ('explore_latents', 'scale', 'your_own_data')
+
+
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.long] * (path.stem in LONG_NOTEBOOKS))
+        for path in sorted((ROOT / 'notebooks').glob('*.ipynb'))
+    ],
+)
 def test_notebooks_run_from_top_to_bottom(path, finished):
     notebook = nbformat.read(path, as_version=4)
     assert not any(cell.get('outputs') for cell in notebook.cells), 'outputs are stripped in the repository'

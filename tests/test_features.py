@@ -1,5 +1,6 @@
 """Features of slices: which slices are taken, and that VGG16 sees them as LPIPS does."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,10 +21,13 @@ def volumes():
     return result
 
 
+see = jax.jit(perceptual.VGG16Features().apply)
+
+
 def expected(image, network):
     """VGG16's last map before its pooling, averaged, by hand: from LPIPS's layers and scaling."""
     grey = np.repeat(image[None, ..., None], 3, axis=-1)
-    return np.asarray(perceptual.VGG16Features().apply({'params': network.weights}, grey))[0]
+    return np.asarray(see({'params': network.weights}, grey))[0]
 
 
 @pytest.mark.parametrize(

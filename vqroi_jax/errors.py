@@ -9,8 +9,6 @@ import operator
 import re
 from collections.abc import Iterable, Iterator
 
-from ml_collections import ConfigDict
-
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says which thing, why, and what to do."""
@@ -20,12 +18,12 @@ class Stopped(Exception):
     """The run was asked to stop (SIGTERM, Ctrl-C) and has saved itself; the message says where."""
 
 
-def check_fields(name: str, settings: ConfigDict, fields: Iterable[tuple[str, object, str]]) -> None:
+def check_fields(name: str, settings: object, fields: Iterable[tuple[str, object, str]]) -> None:
     """Refuses settings of which a field has a value that it cannot have.
 
     Args:
         name: of the settings in messages, such as 'config.optimizer'.
-        settings: to read values from.
+        settings: the block of a config to read values from.
         fields: each with its dotted name, whether it is good, and what is expected.
 
     Raises:

@@ -31,7 +31,7 @@ def small(**changes):
     }
     model = VQGAN(**fields)
     volume = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 12, 16, 1)), jnp.float32)
-    return model, model.init(jax.random.key(0), volume), volume
+    return model, jax.jit(model.init)(jax.random.key(0), volume), volume
 
 
 def test_parameter_counts_at_paper_scale():
@@ -61,7 +61,7 @@ def test_methods_agree_with_each_other():
     model, variables, volume = small()
 
     def call(method, *inputs):
-        return model.apply(variables, *inputs, method=method)
+        return jax.jit(functools.partial(model.apply, method=method))(variables, *inputs)
 
     tokens = call('index_quantize', volume)
     assert tokens.shape == (2, 2, 3, 4)
@@ -77,7 +77,7 @@ def test_methods_agree_with_each_other():
     assert volumes.shape == volume.shape
     np.testing.assert_allclose(volumes, call('decode_samples', tokens), rtol=1e-6)
     np.testing.assert_allclose(volumes, call('head', trunk.features), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(volumes, model.apply(variables, volume), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(volumes, call('__call__', volume), rtol=1e-4, atol=1e-6)
     free = call('trunk', volume, jnp.asarray(False))
     np.testing.assert_allclose(free.codes, trunk.normalised, rtol=1e-6)
 
@@ -85,15 +85,16 @@ def test_methods_agree_with_each_other():
 def test_bfloat16_reaches_every_layer_and_float32_stays_where_it_must():
     model, variables, volume = small(dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
-    _, state = model.apply(variables, volume, capture_intermediates=True, mutable=['intermediates'])
+    seen = functools.partial(model.apply, capture_intermediates=True, mutable=['intermediates'])
+    _, state = jax.eval_shape(seen, variables, volume)
     inside = {
         jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree.leaves_with_path(state['intermediates'])
     }
     assert {dtype for path, dtype in inside.items() if 'encoder' in path or "['conv" in path} == {jnp.dtype('bfloat16')}
-    trunk = model.apply(variables, volume, jnp.asarray(True), method='trunk')
+    trunk = jax.eval_shape(functools.partial(model.apply, method='trunk'), variables, volume, jnp.asarray(True))
     assert trunk.features.dtype == jnp.bfloat16
     assert {x.dtype for x in (trunk.normalised, trunk.codes, trunk.scores, trunk.logits)} == {jnp.dtype('float32')}
-    assert model.apply(variables, volume).dtype == jnp.float32
+    assert jax.eval_shape(model.apply, variables, volume).dtype == jnp.float32
 
 
 def test_initial_values_are_those_of_the_design():
@@ -132,6 +133,7 @@ def test_dropout_depends_on_a_samples_own_key():
     np.testing.assert_allclose(mean, calm[:1], atol=0.15)
 
 
+@pytest.mark.long
 def test_computing_again_saves_memory():
     """On a CPU, too, whose compiler merges what is computed again with what was there unless told not to."""
     latent, needed = jnp.ones((1, 16, 16, 16, 8)), {}

@@ -162,7 +162,13 @@ def test_networks_that_judge_a_volume_take_turns():
 
 
 @pytest.mark.parametrize(
-    'change', [{'micro_batches': 4}, {'model.remat': 'activations'}, {'model.remat': 'blocks'}], ids=str
+    'change',
+    [
+        {'micro_batches': 4},
+        {'model.remat': 'activations'},
+        pytest.param({'model.remat': 'blocks'}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_saving_memory_changes_no_gradient(change):
     """Codebook sums and both gradients in the adversarial weight span all micro-batches."""
