@@ -146,6 +146,7 @@ def test_discriminator_learns_from_the_hinge_alone():
     assert_trees_close(default_gradient()[0].discriminator, expected, 1e-4)
 
 
+@pytest.mark.long
 def test_networks_that_judge_a_volume_take_turns():
     """Real and fake volumes, and the three gradients at the latter, do not keep their maps at the same time."""
     channels, side = (16, 32), 32
