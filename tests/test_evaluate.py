@@ -90,10 +90,18 @@ def figures(fake, splits=None, metrics=('ms_ssim', 'mmd', 'coverage', 'statistic
     return evaluation, {(figure.metric, figure.label): figure for figure in evaluation.figures}
 
 
-def test_new_draws_from_the_same_distribution_stand_near_the_floor():
-    evaluation, found = figures(OTHERS)
+@pytest.mark.parametrize(
+    ('metrics', 'names'),
+    [
+        (('ms_ssim', 'mmd', 'statistics'), ('MS-SSIM, standard', 'MMD, RBF, squared', 'tumour volume [mL]')),
+        pytest.param(('coverage', 'privacy'), ('coverage',), marks=pytest.mark.long),  # by VGG16
+    ],
+    ids=['of voxels', 'of VGG16'],
+)
+def test_new_draws_from_the_same_distribution_stand_near_the_floor(metrics, names):
+    evaluation, found = figures(OTHERS, metrics=metrics)
     for label in ('LGG', 'HGG'):
-        for metric in ('MS-SSIM, standard', 'MMD, RBF, squared', 'tumour volume [mL]', 'coverage'):
+        for metric in names:
             figure = found[metric, label]
             assert abs(figure.value - figure.floor) <= 2 * max(figure.spread, figure.floor_spread), metric
             assert figure.n == NUMBER

@@ -38,7 +38,8 @@ def expected(image, network):
         ('coronal', (11, 13, 16, 18), lambda v, i: v[:, :, i]),
     ],
 )
-def test_slices_are_spread_over_the_tumour(plane, places, take, network):
+def test_slices_are_spread_over_the_tumour(plane, places, take, network, monkeypatch):
+    monkeypatch.setattr(features, 'BATCH', 8)
     found = plane_features(volumes(), plane, 4, keep_empty=False, network=network)
     assert found.shape == (2, 4, 512)
     for row, volume in enumerate(volumes()):
