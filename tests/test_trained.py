@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import shutil
 
@@ -83,6 +84,7 @@ def test_a_run_samples_with_its_split_parameters_and_keeps_none_of_them_whole(tr
     traces.clear()
     params = jax.device_put(trained.params, partitioning.state_shardings(trained.params, partitioning.make_mesh(mesh)))
     assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
+    gc.collect()
     before = len(jax.live_arrays())
     for _ in range(2):
         drawn = wide.use(params).tokens(np.repeat([0, 1], 10), np.tile(np.arange(10), 2))

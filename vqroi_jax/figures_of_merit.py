@@ -8,7 +8,7 @@ reconstructions are of pairs, and have their own.)
 import numpy as np
 from tqdm import tqdm
 
-from vqroi_jax.data.roi_sets import FULL
+from vqroi_jax.data.roi_sets import FULL, RoiSet
 from vqroi_jax.errors import InputError
 from vqroi_jax.merit import networks, privacy, reconstruction, voxels
 from vqroi_jax.merit.evaluation import Evaluation
@@ -86,16 +86,18 @@ def _check_sets(evaluation: Evaluation) -> None:
 
 def _check_filled(evaluation: Evaluation) -> None:
     """Notes of which classes most synthetic tumours have no end within the box."""
+
+    def count(part: RoiSet, rows: np.ndarray) -> int:
+        return sum(_fills(part.volumes[row]) for row in rows)
+
     for number, label in enumerate(evaluation.real.classes):
-        (fake, of), (real, of_real) = (
-            (sum(_fills(part.volumes[row]) for row in part.of(number)), len(part.of(number)))
-            for part in (evaluation.fake, evaluation.real)
-        )
-        if 2 * fake > of:
+        fake, real = evaluation.fake.of(number), evaluation.real.of(number)
+        filled = count(evaluation.fake, fake)
+        if 2 * filled > len(fake):
             evaluation.notes.append(
-                f'In {fake} of {of} synthetic ROIs of class {label} the tumour reaches all six faces of the box or '
-                f'nearly fills it; so it does in {real} of {of_real} {evaluation.reference}s. Where these are few, the '
-                'generator has failed.'
+                f'In {filled} of {len(fake)} synthetic ROIs of class {label} the tumour reaches all six faces of the '
+                f'box or nearly fills it; so it does in {count(evaluation.real, real)} of {len(real)} '
+                f'{evaluation.reference}s. Where these are few, the generator has failed.'
             )
 
 

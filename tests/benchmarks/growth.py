@@ -5,8 +5,7 @@
 Steps are the training commands' own, with narrow networks so that a CPU can take them; one size changes at a time.
 Memory is what the compiler needs for arguments and temporaries. The exponent is the slope of a straight line through
 logarithms: of the whole table, and of its last two rows, where fixed costs matter least (of what is sent, of the rows
-where anything is). Prints Markdown tables; with
-`--out`, leaves `growth.png` too.
+where anything is). Prints Markdown tables; with `--out`, leaves `growth.png` too.
 """
 
 import os
@@ -154,7 +153,7 @@ def draw(tables: dict[str, list[Row]], path: Path) -> None:
                 continue
             sizes, values = [row[0] for row in known], [row[column] for row in known]
             axes.plot(sizes, [value / values[0] for value in values], color=COLOURS[line], marker='o', markersize=3)
-            text = f'{name} {unit(values[0])} to {unit(values[-1])}, exponent {exponent(known, column)}'
+            text = f'{name} {unit(values[0])} to {unit(values[-1])}, exponent {exponent(rows, column)}'
             page.text(left, baseline, text, TEXT, COLOURS[line])
             baseline += 0.18
         axes.set_xticks([row[0] for row in rows], [f'{row[0]:g}' for row in rows])
