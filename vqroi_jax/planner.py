@@ -65,14 +65,14 @@ def _vqgan_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
         'volume': jax.ShapeDtypeStruct((rows, *shape), jnp.float32, sharding=partitioning.volume_sharding(mesh)),
         'label': _rows(rows, mesh)['label'],
     }
-    state = _placed(vqgan.state_shapes(recipe), mesh)
+    state = partitioning.placed_state(vqgan.state_shapes(recipe), mesh)
     return [Program('step', vqgan.jit_step(recipe, state, mesh), (state, batch, weights))]
 
 
 def _transformer_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
     stage1, settings = _stage1(config, mesh), config.transformer
     recipe = _transformer_recipe(config, stage1)
-    state, length = _placed(transformer.state_shapes(recipe), mesh), recipe.masking.length
+    state, length = partitioning.placed_state(transformer.state_shapes(recipe), mesh), recipe.masking.length
     shape = (2 ** len(settings.augment.flip), length) if settings.augment.flip else (length,)
     batch = _rows(settings.batch_size, mesh, tokens=(shape, jnp.int32), scores=(shape, jnp.float32))
     return [Program('step', transformer.jit_step(recipe, state, mesh), (state, batch))]
@@ -141,11 +141,6 @@ def _stage1(config: ConfigDict, mesh: Mesh) -> TrainedVQGAN:
             vqgan.evaluation_variables(vqgan.state_shapes(recipe)), partitioning.replicated(mesh)
         ),
     )
-
-
-def _placed(state: Any, mesh: Mesh) -> Any:
-    """A state's shapes with the places where its arrays would live."""
-    return partitioning.placed_shapes(state, partitioning.state_shardings(state, mesh))
 
 
 def _rows(number: int, mesh: Mesh, **arrays: tuple[tuple[int, ...], Any]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -271,9 +271,10 @@ def train_stage(
             }
             write_atomically(folder / transfer.ROIS_FILE, json.dumps(learnt, indent=1) + '\n')
         given = {'params': start.params, 'statistics': start.statistics} if start else None
-        state = classifier.create_state(recipe, part.train.sets[0].volumes.shape[1:], mesh, given)
+        size = part.train.sets[0].volumes.shape[1:]
         task = loop.TrainingTask(
-            state=state,
+            shapes=partitioning.placed_shapes(classifier.state_shapes(recipe, size), partitioning.replicated(mesh)),
+            create=lambda: classifier.create_state(recipe, size, mesh, given),
             train_step=classifier.make_train_step(recipe, mesh),
             batches=batches,
             put_batch=lambda batch: partitioning.put_batch({name: batch[name] for name in ('volume', 'label')}, mesh),

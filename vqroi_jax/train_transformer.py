@@ -104,15 +104,15 @@ def train(config: ConfigDict, folder: Path) -> None:
     sources = encode_cohort(vqgan, cohort, mesh)
     views = encode_mirrored(vqgan, cohort, config.augment.flip, mesh) if config.augment.flip else sources['train']
     batches = pipeline.Batches(views, config.batch_size, config.seed, **partitioning.this_process(mesh))
-    state = transformer.create_state(recipe, mesh)
+    shapes = partitioning.placed_state(transformer.state_shapes(recipe), mesh)
     if is_primary():
-        loop.write_parameters(folder, state.params)
+        loop.write_parameters(folder, shapes.params)
         print(
-            f'Stage 2: {parameter_overview.count_parameters(state.params):,} parameters on '
+            f'Stage 2: {parameter_overview.count_parameters(shapes.params):,} parameters on '
             f'{mesh.devices.size} {mesh.devices.flat[0].platform} device(s); {recipe.masking.length} tokens of '
             f'{vqgan.model.codes} codes, {batches.steps_per_epoch:g} steps an epoch.'
         )
-    describe = model_card.keep(folder, config, cohort, batches.steps_per_epoch, state.params, facts)
+    describe = model_card.keep(folder, config, cohort, batches.steps_per_epoch, shapes.params, facts)
     held_out = sources['val']
     if not len(held_out) and is_primary():
         print('warning: no held-out patients, so no validation and no best checkpoint; figures show training ROIs')
@@ -121,8 +121,9 @@ def train(config: ConfigDict, folder: Path) -> None:
         viz.save_figure(masking_figure(recipe, sources[shown], cohort.classes), folder / 'figures' / MASKING_FIGURE)
 
     task = loop.TrainingTask(
-        state=state,
-        train_step=transformer.jit_step(recipe, state, mesh),
+        shapes=shapes,
+        create=lambda: transformer.create_state(recipe, mesh),
+        train_step=transformer.jit_step(recipe, shapes, mesh),
         batches=batches,
         put_batch=lambda rows: partitioning.put_batch(rows, mesh),
         evaluate=make_evaluation(recipe, held_out, cohort.classes, mesh) if len(held_out) else None,

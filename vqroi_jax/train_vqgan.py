@@ -69,17 +69,17 @@ def train(config: ConfigDict, folder: Path) -> None:
         scans, begun = cohort.report['scans'], bool(saved_steps(folder))
         LearntFrom.of_scans(scans).record(folder, begun)
         TrainingRois.of_scans(scans).record(folder, begun)
-    state = vqgan.create_state(recipe, mesh)
+    shapes = partitioning.placed_state(vqgan.state_shapes(recipe), mesh)
     if is_primary():
-        loop.write_parameters(folder, state.params)
+        loop.write_parameters(folder, shapes.params)
         print(
-            f'Stage 1: {parameter_overview.count_parameters(state.params):,} parameters and '
-            f'{parameter_overview.count_parameters(state.discriminator):,} of the discriminator on '
+            f'Stage 1: {parameter_overview.count_parameters(shapes.params):,} parameters and '
+            f'{parameter_overview.count_parameters(shapes.discriminator):,} of the discriminator on '
             f'{mesh.devices.size} {mesh.devices.flat[0].platform} device(s); '
             f'{batches.steps_per_epoch:g} steps an epoch.'
         )
 
-    describe = model_card.keep(folder, config, cohort, batches.steps_per_epoch, state.params)
+    describe = model_card.keep(folder, config, cohort, batches.steps_per_epoch, shapes.params)
     held_out = cohort.split('val')
     if not len(held_out) and is_primary():
         print('warning: no held-out patients, so no validation and no best checkpoint; figures show training ROIs')
@@ -95,8 +95,9 @@ def train(config: ConfigDict, folder: Path) -> None:
 
     look = make_look(recipe, mesh)
     task = loop.TrainingTask(
-        state=state,
-        train_step=vqgan.make_train_step(recipe, state, mesh),
+        shapes=shapes,
+        create=lambda: vqgan.create_state(recipe, mesh),
+        train_step=vqgan.make_train_step(recipe, shapes, mesh),
         batches=batches,
         put_batch=put_batch,
         evaluate=make_evaluation(recipe, look, cohort, mesh) if len(held_out) else None,

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from vqroi_jax import main
 from vqroi_jax.data.pipeline import Batches
-from vqroi_jax.training import loop
+from vqroi_jax.training import loop, partitioning
 from vqroi_jax.workdir import open_workdir
 
 PATIENTS = 20
@@ -126,7 +126,8 @@ def make_task(source=None, **changes):
         return {'weights': drawing}
 
     defaults = {
-        'state': state,
+        'shapes': partitioning.placed_shapes(state, whole),
+        'create': lambda: state,
         'train_step': jax.jit(step, donate_argnums=0),
         'batches': Batches(source, BATCH, seed=0, prefetch=1, **processes),
         'put_batch': put_batch,

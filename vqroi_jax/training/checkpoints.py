@@ -77,7 +77,7 @@ class Checkpoints:
         Of several processes of a run each reads its own shards: a checkpoint can be read if all of them could.
 
         Args:
-            state: whose structure, shapes, types and shardings the result has.
+            state: or its shapes, whose structure, shapes, types and shardings the result has.
 
         Returns:
             The state, what `save` got as `loop`, and a line on each checkpoint that could not be read; None if there
@@ -140,8 +140,8 @@ class Checkpoints:
 
 
 def checkpoint_bytes(state: Any) -> int:
-    """Size of a checkpoint of `state` on disk, in bytes; an upper bound, for it is compressed."""
-    return sum(array.nbytes for array in jax.tree.leaves(state)) + 2**20
+    """Size of a checkpoint of `state`, or of its shapes, on disk in bytes; an upper bound, for it is compressed."""
+    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state)) + 2**20
 
 
 def saved_steps(workdir: str | Path) -> list[int]:

@@ -4,6 +4,7 @@ Where features are frozen the head alone learns: batch norms are then as in eval
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,21 @@ class Recipe:
         return {name: layer for name, layer in params.items() if is_head(name) or not self.frozen}
 
 
+def _draw(recipe: Recipe, roi_size: tuple[int, ...], key: jax.Array) -> dict:
+    variables = recipe.model.init(key, jnp.zeros((1, *roi_size, 1)))
+    return {'params': variables['params'], 'statistics': variables['batch_stats']}
+
+
+def _begin(recipe: Recipe, params: Any, statistics: Any) -> ClassifierState:
+    optimizer = recipe.optimizer.init(recipe.learning(params))
+    return ClassifierState(jnp.zeros((), jnp.int32), params, statistics, optimizer)
+
+
+def state_shapes(recipe: Recipe, roi_size: tuple[int, ...]) -> ClassifierState:
+    """Shapes and types of a state, without any array; arguments as of `create_state`."""
+    return jax.eval_shape(lambda key: _begin(recipe, **_draw(recipe, roi_size, key)), jax.random.key(0))
+
+
 def create_state(recipe: Recipe, roi_size: tuple[int, ...], mesh: Mesh, start: dict | None = None) -> ClassifierState:
     """The state before the first step, created where it will live.
 
@@ -71,21 +87,14 @@ def create_state(recipe: Recipe, roi_size: tuple[int, ...], mesh: Mesh, start: d
         start: `params` and `statistics` to begin with, as NumPy arrays; layers that it lacks are drawn. None: all are.
     """
     whole = partitioning.replicated(mesh)
-
-    def draw(key):
-        return recipe.model.init(key, jnp.zeros((1, *roi_size, 1)))
-
-    def create(params: Any, statistics: Any) -> ClassifierState:
-        optimizer = recipe.optimizer.init(recipe.learning(params))
-        return ClassifierState(jnp.zeros((), jnp.int32), params, statistics, optimizer)
-
+    draw = functools.partial(_draw, recipe, roi_size)
     layers = jax.eval_shape(draw, jax.random.key(recipe.seed))['params']
     if start is None or layers.keys() - start['params'].keys():
         options = partitioning.one_run_options(mesh.devices.flat[0].platform)
-        variables = jax.jit(draw, out_shardings=whole, compiler_options=options)(jax.random.key(recipe.seed))
-        drawn = {'params': variables['params'], 'statistics': variables['batch_stats']}
+        drawn = jax.jit(draw, out_shardings=whole, compiler_options=options)(jax.random.key(recipe.seed))
         start = {name: layers | (start[name] if start else {}) for name, layers in drawn.items()}
-    return jax.jit(create, out_shardings=whole)(start['params'], start['statistics'])
+    begin = functools.partial(_begin, recipe)
+    return jax.jit(begin, out_shardings=whole)(start['params'], start['statistics'])
 
 
 def loss_and_metrics(

@@ -44,7 +44,8 @@ class TrainingTask:
     """What a command trains. Of several processes all fill it alike; evaluation and figures run on all of them.
 
     Attributes:
-        state: the initial state, a pytree of arrays with their final shardings; `.step` (int32 scalar) is 0.
+        shapes: of the state, a pytree with a `jax.ShapeDtypeStruct` for each array, its final sharding included.
+        create: makes the state before the first step; `.step` (int32 scalar) is 0. A run that goes on makes none.
         train_step: jitted; takes (state, global batch), donates the state, and returns the next state (`step` one up)
             and metrics: scalars, of which `finite` (bool) says whether the update was made. Where it is False the step
             itself has left all but `step` as it was.
@@ -63,7 +64,8 @@ class TrainingTask:
         headline: names of the step's metrics that progress shows.
     """
 
-    state: State
+    shapes: State
+    create: Callable[[], State]
     train_step: Callable[[State, Any], tuple[State, Mapping[str, jax.Array]]]
     batches: Any
     put_batch: Callable[[Mapping[str, np.ndarray]], Any]
@@ -124,7 +126,7 @@ def train(task: TrainingTask, training: ConfigDict, workdir: Path) -> State:
     at the end. Figures are drawn at the start too, so that a fault in them shows before hours have passed.
 
     Args:
-        task: what to train. Its state is donated.
+        task: what to train.
         training: see `Schedule.read`.
         workdir: opened with `vqroi_jax.workdir.open_workdir`.
 
@@ -138,17 +140,19 @@ def train(task: TrainingTask, training: ConfigDict, workdir: Path) -> State:
     """
     schedule = Schedule.read(training, task.batches.steps_per_epoch, task.evaluated)
     with Checkpoints(workdir, training) as checkpoints:
-        restored = checkpoints.restore(task.state)
+        restored = checkpoints.restore(task.shapes)
         iterator = task.batches.iterator()
         tally, problems = _Tally(), list[str]()
         if restored:
-            task.state, loop, problems = restored
+            state, loop, problems = restored
             iterator.set_state(loop['iterator'])
             tally = _Tally.from_json(loop['tally'])
-        elif is_primary():
-            kept = training.keep_last + training.keep_best + 1
-            require_space(workdir, kept * checkpoint_bytes(task.state), f'keeping {kept - 1} checkpoints')
-        step = int(task.state.step)
+        else:
+            if is_primary():
+                kept = training.keep_last + training.keep_best + 1
+                require_space(workdir, kept * checkpoint_bytes(task.shapes), f'keeping {kept - 1} checkpoints')
+            state = task.create()
+        step = int(state.step)
         with (
             MetricWriter(workdir, step) as writer,
             Progress(step, schedule.total) as progress,
@@ -157,7 +161,7 @@ def train(task: TrainingTask, training: ConfigDict, workdir: Path) -> State:
             for problem in problems:
                 progress.message(f'warning: {problem}')
             tools = (schedule, checkpoints, writer, progress, iterator)
-            return _Loop(task, training, workdir, *tools, tally, task.state, step).run(requested)
+            return _Loop(task, training, workdir, *tools, tally, state, step).run(requested)
 
 
 def write_parameters(workdir: Path, params: Any) -> None:

@@ -154,6 +154,11 @@ def placed_shapes(shapes: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
+def placed_state(shapes: Any, mesh: Mesh) -> Any:
+    """The shapes of a state, with the places where `create` puts its arrays."""
+    return placed_shapes(shapes, state_shardings(shapes, mesh))
+
+
 def shardings_table(state: Any, mesh: Mesh) -> str:
     """Where a state lives, as `--config.print_shardings=True` prints it.
 
