@@ -111,12 +111,23 @@ def test_new_draws_are_near_and_no_copies_in_what_vgg16_sees():
 
 
 def test_shifted_places_and_intensities_are_seen():
-    _, found = figures(np.roll(0.6 * OTHERS, 6, axis=1), metrics=('mmd', 'statistics'))
+    evaluation, found = figures(np.roll(0.6 * OTHERS, 6, axis=1), metrics=('mmd', 'statistics'))
     for metric in ('MMD, RBF, squared', 'MMD, linear, all at once', 'MMD, linear, by mini-batches', 'mean intensity'):
         figure = found[metric, 'HGG']
         assert figure.value > figure.floor + max(figure.spread, figure.floor_spread), metric
     assert found['mean intensity', 'HGG'].value == 1
     assert found['tumour volume [mL]', 'HGG'].value < 0.5
+    assert told_in_picture(evaluation, 'mean intensity') == ['KS distance of all these 1.00'] * 2
+    expected = []
+    for real, fake in zip(np.split(REAL, 2), np.split(OTHERS, 2), strict=True):
+        voxels_of = [np.sum(part > 0, axis=(1, 2, 3)) for part in (real, fake)]
+        below = [np.mean(part[:, None] <= np.concatenate(voxels_of), axis=0) for part in voxels_of]
+        expected.append(f'KS distance of all these {np.abs(below[0] - below[1]).max():.2f}')
+    assert told_in_picture(evaluation, 'tumour volume [mL]') == expected
+
+
+def told_in_picture(evaluation, name):
+    return [axes.get_legend().get_title().get_text() for axes in evaluation.pictures[name].axes]
 
 
 def test_tumours_without_an_end_in_the_box_are_told():

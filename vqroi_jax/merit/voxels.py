@@ -125,7 +125,8 @@ def measure_statistics(evaluation: Evaluation) -> None:
             {label: quantities[name][part.of(i)] for i, label in enumerate(part.classes)}
             for quantities, part in zip(measured, (evaluation.real, evaluation.fake), strict=True)
         )
-        evaluation.pictures[name] = viz.distributions(of_real, of_fake, name, evaluation.reference)
+        distances = {label: _ks_distance(values, of_fake[label]) for label, values in of_real.items()}
+        evaluation.pictures[name] = viz.distributions(of_real, of_fake, distances, name, evaluation.reference)
     histograms = [
         {label: quantities['histogram'][part.of(i)].mean(axis=0) for i, label in enumerate(part.classes)}
         for quantities, part in zip(measured, (evaluation.real, evaluation.fake), strict=True)

@@ -105,6 +105,7 @@ def _is_product(kernel: jax.Array, padding: tuple[int, int]) -> bool:
     return kernel.shape[0] == 1 and padding == (0, 0) and kernel.dtype == jnp.float32
 
 
+@partial(jax.jit, static_argnames=('k', 'padding', 'sides'), inline=True)  # traced once for layers alike
 def _correlate(
     x: jax.Array,
     k: int,

@@ -3,13 +3,14 @@
 The loop calls these on every process; only the primary one writes and prints.
 """
 
+import functools
 import json
 import math
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import matplotlib.image
 import numpy as np
@@ -18,6 +19,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from vqroi_jax.workdir import is_primary, write_atomically
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 METRICS_FILE = 'metrics.jsonl'
 TENSORBOARD_FOLDER = 'tensorboard'
@@ -41,15 +45,11 @@ class MetricWriter:
         self._active = is_primary()
         if not self._active:
             return
-        # Here, for only the process that writes should pay: tensorboardX imports PyTorch where it is installed.
-        from tensorboardX import SummaryWriter
-
         path = workdir / METRICS_FILE
         rows = [row for row in read_metrics(path) if row['step'] <= step and step > 0]
         write_atomically(path, ''.join(json.dumps(row) + '\n' for row in rows))
         self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115 (closed by __exit__)
-        purge = step + 1 if step else 0  # TensorBoard hides what was written of these steps before
-        self._events = SummaryWriter(str(workdir / TENSORBOARD_FOLDER), purge_step=purge)
+        self._purge = step + 1 if step else 0  # TensorBoard hides what was written of these steps before
 
     def __enter__(self) -> Self:
         return self
@@ -57,7 +57,15 @@ class MetricWriter:
     def __exit__(self, *unused: object) -> None:
         if self._active:
             self._file.close()
-            self._events.close()
+            if '_events' in vars(self):
+                self._events.close()
+
+    @functools.cached_property
+    def _events(self) -> 'SummaryWriter':
+        """Opened by what is first written, for tensorboardX imports PyTorch where it is installed, which takes long."""
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._workdir / TENSORBOARD_FOLDER), purge_step=self._purge)
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds one line to `metrics.jsonl`, and each number to TensorBoard."""

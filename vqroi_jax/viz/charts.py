@@ -10,7 +10,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from vqroi_jax.viz.page import COLOURS, FAINT, LIGHT, MARGIN, SMALL, TEXT, TITLE, Page, style
 
@@ -18,14 +17,16 @@ from vqroi_jax.viz.page import COLOURS, FAINT, LIGHT, MARGIN, SMALL, TEXT, TITLE
 def distributions(
     real: Mapping[str, Sequence[float]],
     made: Mapping[str, Sequence[float]],
+    distances: Mapping[str, float],
     quantity: str,
     reference: str = 'real ROI',
 ) -> Figure:
-    """How a quantity is distributed, real beside synthetic: a panel a class, with the Kolmogorov-Smirnov distance.
+    """How a quantity is distributed, real beside synthetic: a panel a class.
 
     Args:
         real: for each class its values of patients, at least one.
         made: the same of samples, at least one; the same classes.
+        distances: Kolmogorov-Smirnov's, of each class's real values and samples.
         quantity: its name and unit, such as 'tumour volume [mL]'.
         reference: what `real` are of.
     """
@@ -35,7 +36,6 @@ def distributions(
     edges = np.linspace(low, high if high > low else low + 1, 25).tolist()
     for number, (label, values) in enumerate(real.items()):
         axes = _panel(page, number, label, quantity, '% of the class')
-        distance = stats.ks_2samp(values, made[label]).statistic
         for name, part, colour in ((f'{reference}s', values, COLOURS[1]), ('synthetic', made[label], COLOURS[0])):
             weights = np.full(len(part), 100 / len(part))
             median = np.format_float_positional(float(np.median(part)), precision=3, fractional=False, trim='-')
@@ -43,7 +43,7 @@ def distributions(
             axes.hist(part, edges, weights=weights, color=colour, alpha=0.3)
             axes.hist(part, edges, weights=weights, color=colour, histtype='step', linewidth=1.5, label=text)
         axes.set_xlim(edges[0], edges[-1])
-        _legend_above(axes, f'KS distance of all these {distance:.2f}')
+        _legend_above(axes, f'KS distance of all these {distances[label]:.2f}')
     return page.figure
 
 
