@@ -96,7 +96,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     training.best_metric = 'val/l1'
     training.best_mode = 'min'  # or 'max'
     training.on_nonfinite = 'stop'  # at a loss that is not finite: 'stop', or 'skip' the update and count it
-    config.eval_batch_size = 3  # ROIs an evaluation step, over all devices and hosts
+    config.eval_batch_size = 3  # ROIs an evaluation step, over all devices and hosts; more if they do not divide them
     config.figure_rois = 4  # held-out ROIs in each figure
 
     if variant == 'light':

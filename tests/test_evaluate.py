@@ -10,6 +10,7 @@ import runpy
 import shutil
 import sys
 
+import jax
 import nibabel
 import numpy as np
 import pytest
@@ -148,6 +149,15 @@ def told_of_faces(fake):
     evaluation = Evaluation(as_set(REAL), as_set(fake), config(metrics=()))
     figures_of_merit.measure(evaluation)
     return [note for note in evaluation.notes if 'six faces' in note]
+
+
+def test_figures_are_computed_with_all_digits_of_float32(monkeypatch):
+    used = []
+    note = lambda evaluation: used.append(jax.config.jax_default_matmul_precision)  # noqa: E731
+    monkeypatch.setitem(figures_of_merit.GROUPS, 'statistics', note)
+    figures(OTHERS, metrics=('statistics',))
+    assert used == ['highest']
+    assert jax.config.jax_default_matmul_precision != 'highest'
 
 
 def test_phantoms_are_not_called_real():

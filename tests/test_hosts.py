@@ -34,6 +34,7 @@ import sys
 from vqroi_jax import hosts
 hosts.join(sys.argv[-1].removeprefix('--hosts='), 'transformer')
 import jax
+import numpy as np
 from vqroi_jax.data import pipeline
 from vqroi_jax.tokens import encode_cohort, find_cohort
 from vqroi_jax.trained import load_vqgan
@@ -41,7 +42,12 @@ from vqroi_jax.training import partitioning
 volume, read = pipeline.RoiSource.volume, []
 pipeline.RoiSource.volume = lambda source, index: read.append(index) or volume(source, index)
 vqgan = load_vqgan(f'{sys.argv[1]}/{jax.process_index()}')
-sources = encode_cohort(vqgan, find_cohort(vqgan, ''), partitioning.make_mesh({'data': -1}))
+mesh = partitioning.make_mesh({'data': -1})
+rows = np.arange(40).reshape(8, 5)
+split = partitioning.put_rows(lambda row: rows[row], rows.shape, mesh)
+for partitioning.GATHERED in (2**28, 3 * rows[0].nbytes, 1):  # at once, by three rows and by one
+    np.testing.assert_array_equal(partitioning.gather(split), rows)
+sources = encode_cohort(vqgan, find_cohort(vqgan, ''), mesh)
 print(len(read), sources['train'].tokens.sum())
 """
 

@@ -8,7 +8,10 @@ import time
 import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from vqroi_jax import main
 from vqroi_jax.errors import InputError, Stopped
@@ -181,6 +184,22 @@ def test_a_full_disk_is_one_line_too(toy, capsys):
     toy.run = fill
     assert run(toy) == 2
     assert 'No space left on device' in error_line(capsys)
+
+
+def test_want_of_memory_is_one_line_that_names_what_takes_less(toy, capsys, monkeypatch):
+    def ask(config, workdir):
+        jax.block_until_ready(jnp.zeros((2**44,)))
+
+    toy.run = ask
+    assert run(toy) == 2
+    assert 'memory is too small (RESOURCE_EXHAUSTED: Out of memory allocating' in error_line(capsys)
+    config = ConfigDict({'dtype': 'bfloat16', 'batch_size': 3, 'model': {'remat': 'none', 'width': 8}})
+    told = main._mendable(jax.errors.JaxRuntimeError('INTERNAL: Out of memory allocating 1 bytes.\nmore'), config)
+    assert told.endswith(
+        '; other values need less: config.batch_size=3 (a smaller one), config.model.remat=none (blocks)'
+    )
+    assert 'more' not in told
+    assert main._mendable(jax.errors.JaxRuntimeError('INTERNAL: a bug'), config) is None
 
 
 def test_a_stop_is_status_0_and_an_interruption_130(toy, capsys):

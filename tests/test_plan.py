@@ -1,6 +1,7 @@
 """Plans: the real step compiled without data, what it needs, and what fits."""
 
 import dataclasses
+import itertools
 import json
 import re
 import runpy
@@ -65,7 +66,11 @@ def test_a_plan_of_stage_2_on_this_machine(transformer_plan):
     vocabulary = codes + 1 + config.cohort.classes
     layer = 12 * width**2 + 9 * width + 4 * width  # products, their biases, two norms
     parameters = layer + (2 * vocabulary + length) * width + 2 * width
-    assert found['drawing'] == parameters * 4
+    stage1 = config.vqgan.model
+    decoder = codes * (stage1.code_features + 1) + (stage1.code_features + 1) * stage1.hidden  # the codebook, 1x1x1
+    decoder += sum(27 * a * b + 3 * b for a, b in itertools.pairwise((stage1.hidden, *stage1.channels[::-1])))
+    decoder += stage1.channels[0] + 1
+    assert found['drawing'] == (parameters + decoder) * 4
     state = 3 * parameters * 4 + 2 * 4  # with two moments; the step, and the optimiser's count of steps
     for row in found['compiled']:
         batch = row['rows'] * (length + 1) * 4  # this masking reads no scores, and nothing reads `index`
@@ -315,6 +320,11 @@ def test_least_times_are_those_of_the_makers_figures():
             'config.transformer.model.width=15 does not divide by config.transformer.model.heads=2',
         ),
         ('transformer.mesh.data', 99, 'config.transformer.mesh.data=99'),
+        (
+            'transformer.mesh.model',
+            4,
+            'config.transformer.model.heads=2 does not divide by config.transformer.mesh.model=4',
+        ),
         ('vqgan.data.roi_size', (9, 8, 8), 'config.vqgan.data.roi_size: depth 9 does not divide'),
     ],
 )
@@ -333,7 +343,21 @@ def test_a_batch_that_cannot_be_split_is_not_compiled(tmp_path):
     config.transformer.batch_size = 3
     made = planner.Planner(config, find_target('cpu'), tmp_path)
     assert made.configured() is None
-    assert 'config.transformer.batch_size=3 does not divide by 1 chips x 2 micro-batch(es)' in made.indivisible()
+    message = r'config.transformer.batch_size=3 does not divide by 1 chips x 2 micro-batch\(es\)'
+    assert re.match(message, made.indivisible())
+    config.search = False  # so that nothing at all would be
+    with pytest.raises(InputError, match=message):
+        plan.make_plan(config, tmp_path)
+
+
+def test_samples_are_drawn_class_by_class():
+    config = tiny_config('generate')
+    config.generate.number, config.generate.sampling.sub_batch, config.cohort.classes = 10, 16, 3
+    made = planner.Planner(config, find_target('cpu'), None)
+    drawn = planner.Compiled('draw', '', 16, True, {}, Cost(), 1.0)
+    assert plan._calls(made, drawn) == (3, 'calls')
+    config.generate.classes, config.generate.number = ('HGG',), 17
+    assert plan._calls(made, drawn) == (2, 'calls')
 
 
 def test_an_unknown_variant_is_refused(capsys):

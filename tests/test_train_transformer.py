@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -200,8 +201,8 @@ def test_a_cohort_of_other_sizes_is_refused(tiny_vqgan, tiny_transformer_config,
 
 
 def test_a_run_does_not_go_on_with_another_stage_1(tiny_transformer, tiny_transformer_config, tmp_path):
-    (tmp_path / 'config.json').write_text((tiny_transformer / 'config.json').read_text())
-    facts = json.loads((tiny_transformer / 'stage1.json').read_text())
+    shutil.copytree(tiny_transformer, tmp_path, dirs_exist_ok=True)
+    facts = json.loads((tmp_path / 'stage1.json').read_text())
     (tmp_path / 'stage1.json').write_text(json.dumps({**facts, 'identity': '0' * 16}))
     with pytest.raises(InputError, match=r'started with another stage 1 or cohort .identity 0000000000000000 then'):
         train_transformer.run(tiny_transformer_config(), tmp_path)

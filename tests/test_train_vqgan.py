@@ -35,7 +35,7 @@ def smoke_config(**changes):
     config.model.encoder_res_blocks = config.model.decoder_res_blocks = (0,)
     config.discriminator.channels = (8,)
     config.mesh.data = config.mesh.spatial = 2
-    config.batch_size = config.eval_batch_size = 4
+    config.batch_size, config.eval_batch_size = 4, 3  # of which the latter does not divide by two devices
     config.ema_decay = 0.9
     config.training.duration = '8 steps'
     config.training.eval_every = config.training.checkpoint_every = '4 steps'
@@ -170,7 +170,7 @@ def test_one_patient_trains_without_validation(cohort, tmp_path, capsys):
     ('change', 'words'),
     [
         ({'batch_size': 5}, 'batch_size=5 does not divide by 2 device'),
-        ({'eval_batch_size': 3}, 'eval_batch_size=3 does not divide'),
+        ({'eval_batch_size': 0}, 'config.eval_batch_size=0: expected 1 or more'),
         ({'mesh.data': 9}, 'there are 8 cpu devices'),
         ({'mesh.data': 1, 'mesh.spatial': 3}, 'mesh.spatial=3 does not divide the 8 depth slices'),
         ({'data.roi_size': (16, 16, 15)}, 'width 15 does not divide by 2'),

@@ -299,19 +299,20 @@ def test_stage_2_does_not_go_on_with_other_rois(tiny_transformer, tiny_vqgan, tm
     facts = Stage1Facts.read(tiny_transformer)
     scans = json.loads((tiny_vqgan / 'cohort' / 'cohort.json').read_text())['scans']
     assert facts.rois == rois_identity(scans) == rois_identity(scans[::-1]) != rois_identity(scans[1:])
-    facts.record(tmp_path)
+    dataclasses.replace(facts, rois='other').record(tmp_path, begun=False)
+    facts.record(tmp_path, begun=False)  # nothing was learnt of the others
     with pytest.raises(InputError, match=rf'another stage 1 or cohort \(rois {facts.rois} then, other now\)'):
-        dataclasses.replace(facts, rois='other').record(tmp_path)
+        dataclasses.replace(facts, rois='other').record(tmp_path, begun=True)
     plain = json.loads((tmp_path / 'stage1.json').read_text())
     del plain['rois']  # a run of before they were recorded
     (tmp_path / 'stage1.json').write_text(json.dumps(plain))
-    facts.record(tmp_path)
+    facts.record(tmp_path, begun=True)
     assert Stage1Facts.read(tmp_path).rois == ''
 
 
 def test_the_facts_of_a_stage_1_that_was_moved_say_where_it_is(trained, tmp_path):
     before = dataclasses.replace(trained.facts, rois='')  # as runs of before these were known
-    before.record(tmp_path)
+    before.record(tmp_path, begun=False)
     assert Stage1Facts.read(tmp_path) == before
-    dataclasses.replace(trained.facts, workdir='/elsewhere').record(tmp_path)
+    dataclasses.replace(trained.facts, workdir='/elsewhere').record(tmp_path, begun=True)
     assert Stage1Facts.read(tmp_path) == dataclasses.replace(before, workdir='/elsewhere')

@@ -1,5 +1,6 @@
 """The workdir: one process at a time, one config for good, room on the disk."""
 
+import errno
 import json
 import os
 import subprocess
@@ -123,10 +124,11 @@ def test_whole_and_other_numbers_of_the_same_value_are_the_same(tmp_path):
         pass
 
 
-def test_a_run_may_go_on_with_another_mesh_and_what_is_shown_of_it_is_not_recorded(tmp_path):
+def test_a_run_may_go_on_computed_otherwise_and_what_is_shown_of_it_is_not_recorded(tmp_path):
     config = make_config()
     config.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1})
-    config.print_shardings = True
+    config.model = ml_collections.ConfigDict({'remat': 'none'})
+    config.micro_batches, config.print_shardings = 1, True
     with open_workdir(tmp_path, config):
         pass
     assert not (tmp_path / 'config.json').exists()
@@ -134,6 +136,7 @@ def test_a_run_may_go_on_with_another_mesh_and_what_is_shown_of_it_is_not_record
     with open_workdir(tmp_path, config):
         (tmp_path / 'result').touch()
     config.mesh.fsdp, config.print_shardings = 8, True
+    config.model.remat, config.micro_batches = 'blocks', 2
     with open_workdir(tmp_path, config):
         pass
     assert read_config(tmp_path).mesh.fsdp == 1
@@ -149,6 +152,35 @@ def test_a_damaged_config_is_told(tmp_path):
 def test_a_folder_without_a_run_has_no_config(tmp_path):
     with pytest.raises(InputError, match='holds no run'):
         read_config(tmp_path)
+
+
+def test_a_run_that_failed_before_it_could_go_on_from_anything_gives_its_folder_back(tmp_path):
+    def fail(config, left, **settings):
+        (tmp_path / left).parent.mkdir(exist_ok=True)
+        (tmp_path / left).touch()
+        with pytest.raises(RuntimeError, match='memory'), open_workdir(tmp_path, config, **settings):
+            raise RuntimeError('out of memory')
+
+    fail(make_config(), 'cohort/cohort.json')
+    fail(make_config(seed=1), 'figures/masking.png', goes_on_from='checkpoints')
+    fail(make_config(seed=2), 'checkpoints/5', goes_on_from='checkpoints')
+    with pytest.raises(InputError, match='seed 2 there'), open_workdir(tmp_path, make_config(), (), 'checkpoints'):
+        pass
+    assert read_config(tmp_path).seed == 2
+    (tmp_path / 'checkpoints' / '5').unlink()
+    fail(make_config(seed=2), 'figures/masking.png')  # what any other run has left is its own
+    with pytest.raises(InputError, match='seed 2 there'), open_workdir(tmp_path, make_config()):
+        pass
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+
+    monkeypatch.setattr(workdirs.fcntl, 'flock', refuse)
+    message = r'its file system locks no files \(Function not implemented\)'
+    with pytest.raises(InputError, match=message), open_workdir(tmp_path, make_config()):
+        pass
 
 
 def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):

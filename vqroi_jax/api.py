@@ -164,7 +164,7 @@ class Autoencoder:
 
     @functools.cached_property
     def _variables(self) -> Any:
-        return jax.device_put(self.vqgan.variables, partitioning.replicated(self._mesh))
+        return partitioning.put_whole(self.vqgan.variables, self._mesh)
 
     @functools.cached_property
     def _encoder(self) -> Callable:

@@ -124,7 +124,9 @@ def read(config: ConfigDict, workdir: str | Path) -> None:
     def begin(folder: Path) -> None:
         _save(stage1_folder, stage1, file, digest)
         loaded = load_vqgan(stage1_folder, str(config.step))
-        Stage1Facts.of(loaded, tuple(config.classes), tuple(config.spacing) or None, config.synthetic).record(folder)
+        Stage1Facts.of(loaded, tuple(config.classes), tuple(config.spacing) or None, config.synthetic).record(
+            folder, bool(saved_steps(folder))
+        )
 
     _save(workdir, stage2, file, digest, begin)
     print(f'{workdir} is a run of stage 2, from {file}; its stage 1 is in {stage1_folder}')

@@ -52,7 +52,7 @@ class Sampling:
         """
         method = method_of(model)
         if settings.method not in ('', method):
-            raise InputError(f'sampling.method={settings.method!r}: this model is sampled by {method!r}')
+            raise InputError(f'config.sampling.method={settings.method!r}: this model is sampled by {method!r}')
         fields = (
             ('temperature', 0 <= settings.temperature < math.inf, '0 (the likeliest token) or more'),
             ('top_k', 0 <= settings.top_k <= codes, f'0 (off) to {codes}, the codes there are'),
@@ -62,10 +62,10 @@ class Sampling:
             ('choice_temperature', 0 <= settings.choice_temperature < math.inf, '0 or more'),
             ('sub_batch', settings.sub_batch >= 1, '1 row or more'),
         )
-        check_fields('sampling', settings, fields)
+        check_fields('config.sampling', settings, fields)
         if settings.guidance > 0 and model.vocabulary == codes + 1 + classes:
             raise InputError(
-                f'sampling.guidance={settings.guidance}: the model has no null class; train it with '
+                f'config.sampling.guidance={settings.guidance}: the model has no null class; train it with '
                 '--config.label_dropout above 0'
             )
         return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls)})

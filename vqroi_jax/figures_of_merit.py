@@ -5,9 +5,10 @@ them. Each figure has its floor, the same between two halves of the real set, wi
 reconstructions are of pairs, and have their own.)
 """
 
+import jax
 import numpy as np
-from tqdm import tqdm
 
+from vqroi_jax import progress
 from vqroi_jax.data.roi_sets import FULL, RoiSet
 from vqroi_jax.errors import InputError
 from vqroi_jax.merit import networks, privacy, reconstruction, voxels
@@ -48,8 +49,11 @@ def measure(evaluation: Evaluation) -> None:
         InputError: there are too few ROIs of a class, a real one is empty, or a reconstruction has no ROI.
     """
     _check_sets(evaluation)
-    for group in tqdm([name for name in GROUPS if name in evaluation.config.metrics], desc='measuring', disable=None):
-        GROUPS[group](evaluation)
+    groups = [name for name in GROUPS if name in evaluation.config.metrics]
+    # As on a CPU everywhere: by default accelerators multiply float32 with fewer digits.
+    with jax.default_matmul_precision('highest'):
+        for group in progress.bar('measuring', 'metric', groups):
+            GROUPS[group](evaluation)
 
 
 def _check_sets(evaluation: Evaluation) -> None:

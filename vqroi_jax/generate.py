@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from scipy import ndimage
 from tqdm import tqdm
 
-from vqroi_jax import trained, viz
+from vqroi_jax import progress, trained, viz
 from vqroi_jax.data import samples
 from vqroi_jax.data.learnt_from import LEARNT_FROM_FILE, write_learnt_from
 from vqroi_jax.data.roi import (
@@ -204,9 +204,8 @@ def generate(
     missing = partitioning.from_primary(missing)
 
     start, left, made = time.monotonic(), int(missing.sum()), 0
-    disable = None if is_primary() else True  # None: where there is no terminal
     with (
-        tqdm(total=missing.size, initial=missing.size - left, desc='sampling', unit='sample', disable=disable) as bar,
+        progress.bar('sampling', 'sample', total=missing.size, initial=missing.size - left, shown=is_primary()) as bar,
         stop_requests() as requested,
     ):
         for label, indices in _batches(labels, missing, sampler.rows):

@@ -46,6 +46,15 @@ TASKS = {
     'convert': 'vqroi_jax.convert',
     'plan': 'vqroi_jax.plan',
 }
+# Last parts of the names of fields on which a program's memory depends, and what takes less.
+FRUGAL = {
+    'dtype': 'bfloat16',
+    'batch_size': 'a smaller one',
+    'eval_batch_size': 'a smaller one',
+    'sub_batch': 'a smaller one',
+    'micro_batches': 'more',
+    'remat': 'blocks',
+}
 
 
 def main(argv: list[str]) -> int:
@@ -60,6 +69,7 @@ def main(argv: list[str]) -> int:
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     flags.FLAGS.mark_as_parsed()  # libraries read their own absl flags, which keep their defaults
+    config = ConfigDict()
     try:
         arguments = parse_arguments(argv)
         if arguments is None:
@@ -74,7 +84,7 @@ def main(argv: list[str]) -> int:
         return hosts.leave(130)
     except Exception as error:
         lost = hosts.loss_of_a_process(error)
-        message = lost or _mendable(error)
+        message = lost or _mendable(error, config)
         if message is None and not hosts.joined():
             raise
         if message is None:
@@ -226,13 +236,25 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f'; did you mean {best!r}?' if best and likeness(best) > 1 else ''
 
 
-def _mendable(error: Exception) -> str | None:
+def _mendable(error: Exception, config: ConfigDict) -> str | None:
     """What to say of an error that the user can mend; None for all other errors."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f'{error}: free some space, then run the same command again to resume'
+    if 'jax' in sys.modules and isinstance(error, sys.modules['jax'].errors.JaxRuntimeError):
+        return _want_of_memory(str(error), config)
     return None
+
+
+def _want_of_memory(error: str, config: ConfigDict) -> str | None:
+    """What to say if a device's memory was too small for what was to be computed; None for other errors of JAX."""
+    if not re.search('RESOURCE_EXHAUSTED|out of memory', error, re.IGNORECASE):
+        return None
+    now = {name: (value, FRUGAL.get(name.rpartition('.')[2])) for name, value in _fields(config)}
+    less = [f'config.{name}={value} ({other})' for name, (value, other) in now.items() if other and value != other]
+    advice = f'other values need less: {", ".join(less)}' if less else 'no field of this task changes that'
+    return f"a device's memory is too small ({error.partition(chr(10))[0][:200]}); {advice}"
 
 
 def _fail(message: str) -> None:

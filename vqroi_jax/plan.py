@@ -42,6 +42,8 @@ def make_plan(config: ConfigDict, folder: Path) -> dict[str, Any]:
     check(config)
     planner = Planner(config, find_target(config.target), folder)
     compiled, rows = [], planner.configured()
+    if rows is None and not config.search:
+        raise InputError(planner.indivisible())
     if rows is None:
         print(f'note: {planner.indivisible()}, so that batch is not compiled')
     else:
@@ -150,7 +152,8 @@ def _calls(planner: Planner, one: Compiled) -> tuple[float, str]:
     """How often the run calls the program, and what a call is."""
     config, batch = planner.config, planner.batch_size(one.rows)
     if config.stage == 'generate':
-        return -(-config.generate.number * config.cohort.classes // batch), 'calls'
+        classes = len(config.generate.classes) or config.cohort.classes
+        return classes * -(-config.generate.number // batch), 'calls'
     stage = config[config.stage]
     steps_per_epoch = config.cohort.rois / batch
     return to_steps(stage.training.duration, steps_per_epoch, f'config.{config.stage}.training.duration', 1), 'steps'

@@ -32,6 +32,7 @@ from vqroi_jax.workdir import write_atomically
 COMPILED_FOLDER = 'compiled'
 FORMAT = 2  # of what is kept there; another one once `hlo` counts otherwise, or compiler options change
 TRIES = 4  # batches that a search compiles after the first two
+CHECKS_OF_MESH = {'vqgan': vqgan.check_mesh, 'transformer': transformer.check_mesh}
 REMATS = {'vqgan': layers.REMATS, 'transformer': layers.REMATS, 'generate': ('',)}  # settings of `model.remat`
 
 
@@ -83,7 +84,8 @@ def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
     recipe = _transformer_recipe(config, stage1)
     model, length = recipe.model, recipe.masking.length
     params = partitioning.placed_shapes(_drawing_shapes(recipe), partitioning.replicated(mesh))
-    sampling = Sampling.read(settings.sampling, model, stage1.model.codes, config.cohort.classes)
+    with fields_of('generate'):
+        sampling = Sampling.read(settings.sampling, model, stage1.model.codes, config.cohort.classes)
     rows = settings.sampling.sub_batch * partitioning.row_parts(mesh)
     one, many = ((), jnp.int32), ((length,), jnp.int32)
     wanted = _rows(rows, mesh, label=one, index=((), jnp.uint32), given=many)
@@ -94,7 +96,7 @@ def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
         Program(
             'decode',
             partitioning.jit_on_each_device(decode_function(stage1), mesh),
-            (stage1.variables, (_rows(rows, mesh, tokens=many)['tokens'],)),
+            (stage1.decoder_variables, (_rows(rows, mesh, tokens=many)['tokens'],)),
         ),
     ]
 
@@ -106,11 +108,14 @@ def _drawing_shapes(recipe: transformer.Recipe) -> Any:
 def drawing_bytes(config: ConfigDict, mesh: Mesh) -> int:
     """Bytes that a run of stage 2 holds on each device, beside its state, while its figures' samples are drawn.
 
+    They are the sampler's parameters and stage 1's decoder's, which stay there throughout.
+
     Args:
         config: as `configs/plan.py` has it.
         mesh: to compile for.
     """
-    shapes = _drawing_shapes(_transformer_recipe(config, _stage1(config, mesh)))
+    stage1 = _stage1(config, mesh)
+    shapes = _drawing_shapes(_transformer_recipe(config, stage1)), stage1.decoder_variables
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
@@ -233,6 +238,8 @@ class Planner:
         settings = config[config.stage]
         with fields_of(config.stage):
             self.mesh = partitioning.make_mesh(settings.mesh, target.devices)
+            if config.stage in CHECKS_OF_MESH:
+                CHECKS_OF_MESH[config.stage](settings, self.mesh)
         self.own_remat = '' if config.stage == 'generate' else settings.model.remat
         self.remats = config.remat or tuple(sorted(REMATS[config.stage], key=lambda remat: remat != self.own_remat))
         self._micro_batches = 1 if config.stage == 'generate' else settings.micro_batches

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
+from vqroi_jax import progress
 from vqroi_jax.data.pipeline import Batch, PreparedCohort, RoiSource, is_prepared, open_cohort
 from vqroi_jax.data.splits import SPLITS
 from vqroi_jax.errors import InputError
@@ -151,12 +150,12 @@ def _kept(
 
 def _encode(vqgan: TrainedVQGAN, sources: Mapping[str, RoiSource | _Views], mesh: Mesh) -> dict[str, np.ndarray]:
     """ROI by ROI on each device, so that tokens do not depend on how many there are."""
-    variables = jax.device_put(vqgan.variables, partitioning.replicated(mesh))
+    variables = partitioning.put_whole(vqgan.variables, mesh)
     encode = partitioning.jit_on_each_device(vqgan.encode, mesh)
     rows, length = partitioning.row_parts(mesh), int(np.prod(vqgan.grid))
     arrays: dict[str, np.ndarray] = {}
     total = sum(map(len, sources.values()))
-    with tqdm(total=total, desc='encoding', unit='ROI', disable=None if is_primary() else True) as bar:
+    with progress.bar('encoding', 'ROI', total=total, shown=is_primary()) as bar:
         for name, source in sources.items():
             parts = [(np.zeros((0, length), np.int32), np.zeros((0, length), np.float32))]
             for start in range(0, len(source), rows):

@@ -22,12 +22,12 @@ from scipy import stats
 from vqroi_jax import losses, report, transfer, viz
 from vqroi_jax.data import pipeline
 from vqroi_jax.data.roi_sets import RoiSet, open_sets
-from vqroi_jax.errors import InputError
+from vqroi_jax.errors import InputError, fields_of
 from vqroi_jax.experiment import Part, Rois, check_disjoint, counted, generators, plan, provenance, tested_rois
 from vqroi_jax.metrics import classification
 from vqroi_jax.models import resnet3d
 from vqroi_jax.training import classifier, loop, optimizers, partitioning
-from vqroi_jax.training.checkpoints import read_checkpoint
+from vqroi_jax.training.checkpoints import CHECKPOINTS_FOLDER, read_checkpoint
 from vqroi_jax.training.durations import to_steps
 from vqroi_jax.workdir import is_primary, open_workdir, write_atomically
 
@@ -52,7 +52,10 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             for (name, _), run_parts in parts.items():
                 check_disjoint(test, run_parts, starts[name])
                 for stage, part in run_parts.items():
-                    loop.Schedule.read(config[stage].training, len(part.train) / config[stage].batch_size, EVALUATED)
+                    with fields_of(stage):
+                        loop.Schedule.read(
+                            config[stage].training, len(part.train) / config[stage].batch_size, EVALUATED
+                        )
             origin = provenance(test, parts.values())
             if is_primary():
                 keep_sets(sets, folder)
@@ -245,7 +248,7 @@ def train_stage(
     settings, classes = config[stage], len(part.train.sets[0].classes)
     seed = config.seed + number
     batches = pipeline.Batches(part.train, settings.batch_size, seed, **partitioning.this_process(mesh))
-    steps = to_steps(settings.training.duration, batches.steps_per_epoch, f'{stage}.training.duration')
+    steps = to_steps(settings.training.duration, batches.steps_per_epoch, f'config.{stage}.training.duration')
     counts = np.maximum(np.bincount(part.train.labels, minlength=classes), 1)
     recipe = classifier.Recipe(
         model=make_model(config, classes),
@@ -261,7 +264,7 @@ def train_stage(
     own = {'task': f'classifier.{stage}', 'run': number, 'model': config.model.to_dict(), **settings.to_dict()}
     made_from = generators(part, start)
     patients = part.train.patients | part.validation.patients | (start.patients if start else frozenset())
-    with open_workdir(folder, ConfigDict(own)):
+    with open_workdir(folder, ConfigDict(own), goes_on_from=CHECKPOINTS_FOLDER):
         if is_primary():
             learnt = {
                 'patients': sorted(patients),  # those of the weights that it began with included

@@ -33,9 +33,8 @@ from vqroi_jax.trained import (
     rois_identity,
 )
 from vqroi_jax.training import loop, partitioning, transformer
-from vqroi_jax.training.checkpoints import saved_steps
-from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
-from vqroi_jax.workdir import is_primary, open_workdir, read_config
+from vqroi_jax.training.checkpoints import CHECKPOINTS_FOLDER, saved_steps
+from vqroi_jax.workdir import CONFIG_FILE, is_primary, open_workdir, read_config
 
 MEASURED = ('cross_entropy', 'perplexity', 'top1')  # of the held-out patients
 MASKING_FIGURE = 'masking.png'
@@ -45,7 +44,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/transformer.py`."""
     check_trainable(workdir, "state of stage 2's optimiser")
     free = ('vqgan_workdir',) if is_stage1_moved(config, Path(workdir)) else ()
-    with open_workdir(workdir, config, free) as folder:
+    with open_workdir(workdir, config, free, goes_on_from=CHECKPOINTS_FOLDER) as folder:
         train(config, folder)
 
 
@@ -55,7 +54,9 @@ def is_stage1_moved(config: ConfigDict, workdir: Path) -> bool:
     Raises:
         InputError: what is at the other path is not the stage 1 that it began with.
     """
-    if not (workdir / STAGE1_FILE).exists() or read_config(workdir).vqgan_workdir == config.vqgan_workdir:
+    if not all((workdir / name).exists() for name in (STAGE1_FILE, CONFIG_FILE)):
+        return False
+    if read_config(workdir).vqgan_workdir == config.vqgan_workdir:
         return False
     vqgan = load_vqgan(config.vqgan_workdir, config.vqgan_checkpoint)
     if vqgan.identity != Stage1Facts.read(workdir).identity:
@@ -80,7 +81,6 @@ def train(config: ConfigDict, folder: Path) -> None:
     mesh = partitioning.make_mesh(config.mesh)
     transformer.check_mesh(config, mesh)
     partitioning.check_batch('batch_size', config.batch_size, config.micro_batches, mesh)
-    partitioning.check_batch('eval_batch_size', config.eval_batch_size, 1, mesh)
     vqgan = load_vqgan(config.vqgan_workdir, config.vqgan_checkpoint)
     cohort = find_cohort(vqgan, config.data.path)
     rois = cohort.split('train')
@@ -98,8 +98,9 @@ def train(config: ConfigDict, folder: Path) -> None:
     same = rois_identity(cohort.report['scans'])
     facts = Stage1Facts.of(vqgan, cohort.classes, cohort.spacing(), cohort.report['synthetic'], same)
     if is_primary():
-        facts.record(folder)
-        LearntFrom.of_scans(cohort.report['scans']).record(folder, begun=bool(saved_steps(folder)))
+        begun = bool(saved_steps(folder))
+        facts.record(folder, begun)
+        LearntFrom.of_scans(cohort.report['scans']).record(folder, begun)
 
     sources = encode_cohort(vqgan, cohort, mesh)
     views = encode_mirrored(vqgan, cohort, config.augment.flip, mesh) if config.augment.flip else sources['train']
@@ -133,8 +134,6 @@ def train(config: ConfigDict, folder: Path) -> None:
         evaluated=evaluated,
     )
     loop.train(task, config.training, folder)
-    if is_primary():
-        viz.save_figure(viz.curves(read_metrics(folder / METRICS_FILE)), folder / 'figures' / 'curves.png')
 
 
 def stage1_rois(vqgan: TrainedVQGAN) -> int | None:
@@ -185,6 +184,7 @@ def make_evaluation(
         return {name: jnp.einsum('b,bc->c', values.astype(jnp.float32), member) for name, values in of_sample.items()}
 
     sums = jax.jit(partitioning.traced_on(mesh, sums), out_shardings=partitioning.replicated(mesh))
+    batch_size = partitioning.even_rows(recipe.settings.eval_batch_size, mesh)
 
     def figures(total: dict[str, np.ndarray], end: str) -> dict[str, float]:
         cross_entropy = float(total['cross_entropy'] / max(total['counted'], 1.0))
@@ -193,7 +193,7 @@ def make_evaluation(
 
     def evaluate(state: transformer.TransformerState) -> dict[str, float]:
         params = transformer.evaluation_params(state)
-        batches = pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process(mesh))
+        batches = pipeline.eval_batches(source, batch_size, **partitioning.this_process(mesh))
         parts = [jax.device_get(sums(params, partitioning.put_batch(batch, mesh))) for batch in batches]
         total = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
         result = figures({name: values.sum() for name, values in total.items()}, '')

@@ -25,8 +25,7 @@ from vqroi_jax.models import quantizer
 from vqroi_jax.prepare import prepare
 from vqroi_jax.trained import TrainingRois, check_trainable
 from vqroi_jax.training import loop, partitioning, vqgan
-from vqroi_jax.training.checkpoints import saved_steps
-from vqroi_jax.training.metric_writers import METRICS_FILE, read_metrics
+from vqroi_jax.training.checkpoints import CHECKPOINTS_FOLDER, saved_steps
 from vqroi_jax.workdir import COHORT_FOLDER, is_primary, open_workdir
 
 MEASURED = ('l1', 'psnr', 'psnr_box', 'ssim', 'accuracy')  # of each held-out ROI
@@ -36,7 +35,7 @@ COLLAPSED = 0.02  # share of the codes: a perplexity below it is a codebook that
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/vqgan.py`."""
     check_trainable(workdir, 'discriminator')
-    with open_workdir(workdir, config) as folder:
+    with open_workdir(workdir, config, goes_on_from=CHECKPOINTS_FOLDER) as folder:
         train(config, folder)
 
 
@@ -54,7 +53,6 @@ def train(config: ConfigDict, folder: Path) -> None:
     mesh = partitioning.make_mesh(config.mesh)
     vqgan.check_mesh(config, mesh)
     partitioning.check_batch('batch_size', config.batch_size, config.micro_batches, mesh)
-    partitioning.check_batch('eval_batch_size', config.eval_batch_size, 1, mesh)
     cohort = open_cohort(config, folder / COHORT_FOLDER)
     batches = pipeline.Batches(cohort.split('train'), config.batch_size, config.seed, **partitioning.this_process(mesh))
     pipeline.check_classes(cohort.split('train'), cohort.classes)
@@ -109,8 +107,6 @@ def train(config: ConfigDict, folder: Path) -> None:
         evaluated=evaluated,
     )
     loop.train(task, config.training, folder)
-    if is_primary():
-        viz.save_figure(viz.curves(read_metrics(folder / METRICS_FILE)), folder / 'figures' / 'curves.png')
 
 
 def open_cohort(config: ConfigDict, folder: Path) -> pipeline.PreparedCohort:
@@ -174,6 +170,7 @@ def make_evaluation(
     and over all tokens `perplexity` and `live_codes` (share of the codes that occur).
     """
     source, classes = cohort.split('val'), len(cohort.classes)
+    batch_size = partitioning.even_rows(recipe.settings.eval_batch_size, mesh)
 
     def sums(seen: Seen, batch: dict) -> tuple[dict, jax.Array, jax.Array]:
         volume, fake, weight = batch['volume'], seen.reconstruction, batch['weight']
@@ -193,7 +190,7 @@ def make_evaluation(
 
     def evaluate(state: vqgan.VQGANState) -> dict[str, float]:
         variables, parts = vqgan.evaluation_variables(state), []
-        for rows in pipeline.eval_batches(source, recipe.settings.eval_batch_size, **partitioning.this_process(mesh)):
+        for rows in pipeline.eval_batches(source, batch_size, **partitioning.this_process(mesh)):
             batch = partitioning.put_batch(rows, mesh)
             parts.append(jax.device_get(sums(look(variables, batch['volume']), batch)))
         by_class, patients, tokens = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
@@ -216,7 +213,7 @@ def make_figures(
     mesh: Mesh,
 ) -> Callable[[vqgan.VQGANState], dict[str, Figure]]:
     """A function that draws the reconstructions of the first few ROIs of a split, evenly from its classes."""
-    source, rows = cohort.split(split), recipe.settings.eval_batch_size
+    source, rows = cohort.split(split), partitioning.even_rows(recipe.settings.eval_batch_size, mesh)
     shown = pipeline.first_of_each_class(source.labels, recipe.settings.figure_rois)
     volumes = np.stack([source.volume(i) for i in shown])
     labels = [cohort.classes[source.labels[i]] for i in shown]

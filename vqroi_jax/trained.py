@@ -65,6 +65,12 @@ class TrainedVQGAN:
         """Latent regions: depth, height, width."""
         return tuple(side // 2 ** len(self.config.model.channels) for side in self.roi_size)
 
+    @property
+    def decoder_variables(self) -> dict[str, Any]:
+        """Those of `variables` that `decode` takes: a tenth."""
+        params = {name: self.variables['params'][name] for name in ('post_quantisation', 'decoder')}
+        return {**self.variables, 'params': params}
+
     def encode(self, variables: Any, volume: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Pure: volumes `[B, D, H, W, 1]` in [-1, 1] to tokens int32 and scores float32, `[B, L]` in raster order."""
         tokens, scores = self.model.apply(variables, volume, method='tokens_and_scores')
@@ -246,16 +252,20 @@ class Stage1Facts:
             rois=rois,
         )
 
-    def record(self, folder: Path) -> None:
+    def record(self, folder: Path, begun: bool) -> None:
         """Writes the file, or compares it with the one there: a run goes on with the stage 1 and ROIs it began with.
 
         Where stage 1 was moved, the file then says where it is.
+
+        Args:
+            folder: of the run.
+            begun: whether it has checkpoints.
 
         Raises:
             InputError: stage 1 or the cohort has changed since.
         """
         path = folder / STAGE1_FILE
-        there = self.read(folder) if path.exists() else self
+        there = self.read(folder) if begun and path.exists() else self
         for field in dataclasses.fields(self):
             before, now = getattr(there, field.name), getattr(self, field.name)
             known = field.name != 'rois' or before
@@ -264,7 +274,7 @@ class Stage1Facts:
                     f'{folder} was started with another stage 1 or cohort ({field.name} {before} then, {now} now); '
                     'name another --workdir'
                 )
-        if not path.exists() or there.workdir != self.workdir:
+        if not begun or not path.exists() or there.workdir != self.workdir:
             facts = dataclasses.asdict(there) | {'workdir': self.workdir}
             write_atomically(path, json.dumps(facts, indent=2) + '\n')
 
@@ -421,10 +431,9 @@ class Sampler:
         self._sampling = Sampling.read(sampling, model, vqgan.model.codes, classes)
         self._group, self._classes = self._sampling.sub_batch, classes
         self._model, self._vqgan, self._mesh = model, vqgan, mesh
-        self._whole = partitioning.replicated(mesh)
         self._params: Any = None
         self.reseed(seed)
-        self._variables = jax.device_put(vqgan.variables, self._whole)
+        self._variables = partitioning.put_whole(vqgan.decoder_variables, mesh)
         draw = draw_function(model, vqgan.model.codes, self._sampling)
         self._draw_tokens = partitioning.on_each_device(draw, mesh)
         self._decode = partitioning.on_each_device(decode_function(vqgan), mesh)
@@ -438,9 +447,10 @@ class Sampler:
             params: blocks stacked; NumPy's, or those of a state on the sampler's mesh, however they are split.
         """
         if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
-            arranged = jax.device_put(decoding.drawing_params(self._model, params), self._whole)
+            arranged = partitioning.put_whole(decoding.drawing_params(self._model, params), self._mesh)
         else:
-            arrange = jax.jit(decoding.drawing_params, static_argnums=0, out_shardings=self._whole)
+            whole = partitioning.replicated(self._mesh)
+            arrange = jax.jit(decoding.drawing_params, static_argnums=0, out_shardings=whole)
             arranged = arrange(self._model, params)
         result = copy.copy(self)
         result._params = arranged
@@ -448,7 +458,7 @@ class Sampler:
 
     def reseed(self, seed: int) -> 'Sampler':
         """Draws with this seed from now on, 0 to 2**32 - 1; returns itself."""
-        self._seed = jax.device_put(np.uint32(seed), self._whole)
+        self._seed = partitioning.put_whole(np.uint32(seed), self._mesh)
         return self
 
     @property
@@ -491,7 +501,8 @@ class Sampler:
 
     def decode(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """Volumes float32 `[D, H, W]` in (-1, 1) of tokens `[n, L]`, a batch in memory at a time."""
-        yield from partitioning.in_batches(self._decode, self._variables, tokens.astype(np.int32), self.rows)
+        rows = partitioning.row_parts(self._mesh)
+        yield from partitioning.in_batches(self._decode, self._variables, tokens.astype(np.int32), rows)
 
     def _places(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         """For each call, int `[rows]`: the place in `indices` of the sample that stands in each row; -1 for none."""

@@ -29,7 +29,8 @@ COMPILED_FOLDER = 'compiled'  # programs, so that a run that goes on, or the sam
 COHORT_FOLDER = 'cohort'  # ROIs that a run of stage 1 prepared for itself; other settings have them prepared again
 UNASKED = {'print_shardings': False}  # fields that say what to show of a run, not what it is: recorded as not asked for
 SOURCES = ('data.path', 'real', 'fake')  # fields that name what a run reads, where nothing may be written
-LAYOUT = 'mesh.'  # block that says what a run is computed on: it may go on elsewhere, with the same results to rounding
+# Fields that say what a run is computed on, and in which parts: it may go on otherwise, the same to rounding.
+LAYOUT = ('mesh.', 'micro_batches', 'model.remat', 'eval_batch_size')
 SHOWN_DIFFERENCES = 8  # fields; more are counted
 
 
@@ -39,18 +40,22 @@ def is_primary() -> bool:
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: str | Path, config: ConfigDict, free: Sequence[str] = ()) -> Iterator[Path]:
+def open_workdir(
+    workdir: str | Path, config: ConfigDict, free: Sequence[str] = (), goes_on_from: str = ''
+) -> Iterator[Path]:
     """Makes the folder, locks it for this process, and records the config or compares it with the recorded.
 
     The lock is the operating system's, so it is gone when the process is, however it ends. Of several processes of one
     run, only the primary one locks and writes. A run that ends with an error before it has written anything but
-    prepared ROIs, or that was only to show something, leaves no config behind. Compiled programs are kept in the
-    folder, unless JAX was told where to (JAX_COMPILATION_CACHE_DIR) or an outer workdir is open.
+    prepared ROIs (or anything that it could go on from), or that was only to show something, leaves no config behind.
+    Compiled programs are kept in the folder, unless JAX was told where to (JAX_COMPILATION_CACHE_DIR) or an outer
+    workdir is open.
 
     Args:
         workdir: the run's folder, on a local or mounted file system.
-        config: of the run. A run goes on with exactly the config that it began with, but for its block `mesh`.
+        config: of the run. A run goes on with exactly the config that it began with, but for `LAYOUT`.
         free: names of fields that may change as well; the new values are then the recorded ones.
+        goes_on_from: subfolder without which the run begins anew, whatever else it has left; empty: all that it writes.
 
     Yields:
         The folder.
@@ -82,9 +87,9 @@ def open_workdir(workdir: str | Path, config: ConfigDict, free: Sequence[str] = 
             with _compiled_in(folder), given_back():
                 yield folder
             if any(config[name] for name in UNASKED if name in config):
-                _forget_config_of_nothing(folder)
+                _forget_config_of_nothing(folder, goes_on_from)
         except BaseException:
-            _forget_config_of_nothing(folder)
+            _forget_config_of_nothing(folder, goes_on_from)
             raise
 
 
@@ -150,6 +155,11 @@ def _lock(lock: Any, folder: Path) -> None:
         lock.seek(0)
         holder = lock.read().strip() or 'another process'
         raise InputError(f'{folder} is in use by {holder}; wait for it to end, or name another --workdir') from None
+    except OSError as error:
+        raise InputError(
+            f'--workdir={folder}: its file system locks no files ({error.strerror}), so that two runs could write to '
+            'it at once; name another'
+        ) from None
     lock.truncate(0)
     lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     lock.flush()
@@ -209,11 +219,11 @@ def _shown(flat: dict[str, Any], name: str) -> str:
     return repr(flat[name]) if name in flat else 'absent'
 
 
-def _forget_config_of_nothing(folder: Path) -> None:
+def _forget_config_of_nothing(folder: Path, goes_on_from: str) -> None:
     """Removes the config of a run that ended before it left anything, so that a mended one may begin in its place."""
     own = {CONFIG_FILE, LOCK_FILE, COMPILED_FOLDER, COHORT_FOLDER}
-    left = (path.relative_to(folder).parts[0] for path in folder.rglob('*') if path.is_file())
-    if own.issuperset(left):
+    left = {path.relative_to(folder).parts[0] for path in folder.rglob('*') if path.is_file()}
+    if (goes_on_from not in left) if goes_on_from else own.issuperset(left):
         (folder / CONFIG_FILE).unlink(missing_ok=True)
 
 

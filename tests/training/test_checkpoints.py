@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from toy_task import ToyState
 
@@ -155,11 +157,42 @@ def test_falls_back_to_the_one_before_a_damaged_one_and_says_so(tmp_path, damage
         assert loop['iterator'] == {'next': 1}
         assert len(problems) == 1
         assert f'{tmp_path}/checkpoints/2 cannot be read' in problems[0]
-        assert 'going back to step 1' in problems[0]
+        assert 'going on from step 1' in problems[0]
         checkpoints.save(2, make_state(2), {}, {})  # its step is free again
     assert saved_steps(tmp_path) == [1, 2]
     assert_same(Checkpoints(tmp_path, TRAINING).restore(make_state(0))[0], make_state(2))
     assert (tmp_path / 'checkpoints' / 'unreadable-2-0').is_dir()
+
+
+def test_an_older_one_with_damaged_metrics_is_set_aside_too(tmp_path):
+    """Orbax reads those of all when it is to choose which to keep, and would end the run at its next save."""
+    save(tmp_path, 1, 2, 3, scores={1: 0.1, 2: 0.3, 3: 0.2})
+    (tmp_path / 'config.json').write_text(json.dumps({'training': TRAINING.to_dict()}))
+    DAMAGE['empty metrics'](tmp_path / 'checkpoints' / '1')
+    with pytest.raises(InputError, match=rf'{tmp_path}/checkpoints/1 has damaged metrics .*; name the step of another'):
+        best_step(tmp_path)
+    with Checkpoints(tmp_path, TRAINING) as checkpoints:
+        state, _, problems = checkpoints.restore(make_state(0))
+        assert_same(state, make_state(3))
+        assert [problem.partition(' (')[0] for problem in problems] == [
+            f'checkpoint {tmp_path}/checkpoints/1 cannot be read'
+        ]
+        checkpoints.save(4, make_state(4), {}, {'val/l1': 0.4})
+    assert saved_steps(tmp_path) == [3, 4]  # the last two, one of them the best
+    assert best_step(tmp_path) == 3
+
+
+def test_only_the_run_asks_whether_it_is_to_stop(tmp_path, monkeypatch):
+    """JAX's service counts the questions of all processes, so that Orbax's would upset those of the run."""
+
+    def asked(number):
+        raise AssertionError(f'asked with the number {number}')
+
+    monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', asked)
+    with pytest.raises(AssertionError, match='number 1'), ocp.CheckpointManager(tmp_path / 'theirs') as theirs:
+        theirs.save(1, args=ocp.args.StandardSave(make_state(1)))
+    save(tmp_path, 1, 2)
+    assert saved_steps(tmp_path) == [1, 2]
 
 
 def test_all_processes_go_back_where_one_cannot_read_its_part(tmp_path, several_processes):

@@ -220,7 +220,7 @@ def test_falls_back_and_says_so(whole_run, tmp_path, capsys):
     assert_same(loop.train(task, training_config(), tmp_path), whole_run.state)
     printed = capsys.readouterr().out
     assert 'warning: checkpoint ' in printed
-    assert 'set aside, going back to step 40' in printed
+    assert 'set aside, going on from step 40' in printed
     assert f'resuming {tmp_path} at step 40 of 50' in printed
     assert rows(tmp_path) == rows(whole_run.folder)
 

@@ -173,6 +173,29 @@ def test_batch_that_does_not_divide_is_refused_with_what_would():
         partitioning.check_batch('batch_size', 0, 1, mesh)
 
 
+def test_what_only_looks_takes_a_few_rows_more_where_devices_do_not_divide_them():
+    mesh = partitioning.make_mesh({'data': 2, 'fsdp': 2, 'model': 2})
+    assert [partitioning.even_rows(rows, mesh) for rows in (1, 3, 4, 5)] == [4, 4, 4, 8]
+
+
+def test_rows_of_micro_batches_come_back_in_their_order():
+    rows = {'tokens': np.arange(24).reshape(8, 3)}
+    parts = partitioning.micro_batches(rows, 4)
+    assert parts['tokens'][0, :, 0].tolist() == [0, 12]  # rows 0 and 4
+    np.testing.assert_array_equal(partitioning.joined_micro_batches(parts)['tokens'], rows['tokens'])
+
+
+def test_what_is_put_whole_is_on_every_device_as_it_was():
+    mesh = partitioning.make_mesh({'data': 4, 'model': 2})
+    arrays = {'kernel': np.arange(6.0, dtype=np.float32).reshape(2, 3), 'seed': np.uint32(7), 'ours': jnp.ones(3)}
+    placed = partitioning.put_whole(arrays, mesh)
+    for name, array in placed.items():
+        assert array.dtype == arrays[name].dtype
+        assert len(array.addressable_shards) == 8
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, arrays[name])
+
+
 def test_rows_are_split_over_devices_in_order_and_volumes_by_depth_too():
     mesh = partitioning.make_mesh({'data': 2, 'fsdp': 2, 'spatial': 2})
     rows = np.arange(24, dtype=np.float32).reshape(8, 3)

@@ -181,6 +181,9 @@ def test_saving_memory_changes_no_gradient(change):
     assert_trees_close(actual.params, expected.params, 1e-4)
     assert_trees_close(actual.discriminator, expected.discriminator, 1e-4)
     assert_trees_close(codebook, expected_codebook, 1e-5)
+    # By their places codes that are dead begin anew.
+    np.testing.assert_allclose(actual.normalised, expected.normalised, atol=1e-5)
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
 
 
 def assert_states_close(actual, expected, rate):

@@ -22,8 +22,8 @@ import nibabel as nib
 import numpy as np
 from ml_collections import ConfigDict
 from scipy import ndimage
-from tqdm import tqdm
 
+from vqroi_jax import progress
 from vqroi_jax.data import workers as processes
 from vqroi_jax.data.phantom_brain import (
     CENTRE,
@@ -319,15 +319,15 @@ def _write_all(folder: Path, settings: dict, workers: int) -> None:
         for label, name, number in names
     ]
     number = processes.count(workers, len(tasks))
-    with tqdm(total=len(tasks), desc='drawing phantoms', unit='patient', disable=None) as progress:
+    with progress.bar('drawing phantoms', 'patient', total=len(tasks)) as bar:
         if number == 1:
             for task in tasks:
                 _write_patient(task)
-                progress.update()
+                bar.update()
         else:
             with processes.pool(number, 'draws phantoms') as pool:
                 for _ in pool.map(_write_patient, tasks):
-                    progress.update()
+                    bar.update()
     with open(folder / 'name_mapping.csv', 'w', newline='', encoding='utf-8') as file:
         rows = csv.writer(file)
         rows.writerow(('Grade', 'BraTS_2019_subject_ID'))

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 from scipy import ndimage
-from tqdm import tqdm
 
+from vqroi_jax import progress
 from vqroi_jax.data import pipeline, samples
 from vqroi_jax.data.cohort import in_order
 from vqroi_jax.data.learnt_from import LEARNT_FROM_FILE, read_learnt_from
@@ -306,7 +306,7 @@ class _Raw:
         (shape, spacing), digest = grid, hashlib.sha256()
         volumes = np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', np.float32, (len(source.ids), *shape))
         ranges, backgrounds = np.empty((len(volumes), 2)), np.empty(len(volumes))
-        rows = tqdm(range(len(volumes)), desc=f'reading {name}', unit='ROI', disable=None)
+        rows = progress.bar(f'reading {name}', 'ROI', range(len(volumes)))
         own = source.grid
         for row in rows:
             volume, there = source.oriented(row)

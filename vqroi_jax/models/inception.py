@@ -59,7 +59,6 @@ class Convolution(nn.Module):
             self.stride,
             self.padding,
             use_bias=False,
-            precision=jax.lax.Precision.HIGHEST,  # by default accelerators compute in less than float32
             name='conv',
         )
         return nn.relu(nn.BatchNorm(use_running_average=True, epsilon=1e-3, name='bn')(conv(x)))

@@ -25,10 +25,21 @@ from vqroi_jax.errors import InputError
 from vqroi_jax.training import partitioning
 from vqroi_jax.workdir import is_primary, read_config, require_space
 
-FOLDER = 'checkpoints'
+CHECKPOINTS_FOLDER = 'checkpoints'
 UNREADABLE = 'unreadable-'  # prefix of the folder of a checkpoint that was set aside
 
 _LINE = 128  # bytes of what a process says of a checkpoint that it cannot read
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but for its questions whether the machine is being preempted.
+
+    JAX's service counts them, and Orbax would number its own by the step: a run's (`vqroi_jax.stopping`), which has
+    numbers of its own, would then agree on an end long after the present step, or before it, which never comes.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
@@ -41,7 +52,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, training: ConfigDict):
-        self._folder = workdir.absolute() / FOLDER
+        self._folder = workdir.absolute() / CHECKPOINTS_FOLDER
         self._training = training
 
     def __enter__(self) -> Self:
@@ -52,7 +63,7 @@ class Checkpoints:
             self._manager.close()
 
     @functools.cached_property
-    def _manager(self) -> ocp.CheckpointManager:
+    def _manager(self) -> _Manager:
         """Opened after `restore` has set the unreadable aside: Orbax opens no folder that has a damaged one."""
         training = self._training
         worst = math.inf if training.best_mode == 'min' else -math.inf
@@ -69,7 +80,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([last, best]),
             cleanup_tmp_directories=True,
         )
-        return ocp.CheckpointManager(self._folder, options=options, item_names=('state', 'loop'))
+        return _Manager(self._folder, options=options, item_names=('state', 'loop'))
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any], list[str]] | None:
         """The newest checkpoint that can be read; newer ones are set aside under another name, not deleted.
@@ -87,8 +98,8 @@ class Checkpoints:
             InputError: there are checkpoints and none can be read, or the newest readable one has other shapes.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        unreadable = {}
-        for step in reversed(_steps_of_primary(self._folder)):
+        unreadable, steps = {}, _steps_of_primary(self._folder)
+        for step in reversed(steps):
             found, problem = None, ''
             with _first_error_only():
                 try:
@@ -102,9 +113,12 @@ class Checkpoints:
                 unreadable[step] = next(filter(None, problems))
                 continue
             restored, loop = found
+            for older in steps[: steps.index(step)]:  # kept as the best ones are, by these
+                if problems := list(filter(None, _of_all_processes(_fault_of_metrics(self._folder / str(older))))):
+                    unreadable[older] = problems[0]
             _set_aside(self._folder, list(unreadable))
             lines = [
-                f'checkpoint {self._folder / str(bad)} cannot be read ({why}); set aside, going back to step {step}'
+                f'checkpoint {self._folder / str(bad)} cannot be read ({why}); set aside, going on from step {step}'
                 for bad, why in unreadable.items()
             ]
             return restored, loop, lines
@@ -146,7 +160,7 @@ def checkpoint_bytes(state: Any) -> int:
 
 def saved_steps(workdir: str | Path) -> list[int]:
     """Steps of a run's checkpoints, in order; empty if there are none."""
-    return _steps(Path(workdir) / FOLDER)
+    return _steps(Path(workdir) / CHECKPOINTS_FOLDER)
 
 
 def best_step(workdir: str | Path) -> int:
@@ -158,10 +172,13 @@ def best_step(workdir: str | Path) -> int:
     training = read_config(workdir).training
     scores = {}
     for step in saved_steps(workdir):
-        with contextlib.suppress(FileNotFoundError):
-            metrics = json.loads((Path(workdir) / FOLDER / str(step) / 'metrics' / 'metrics').read_text())
-            if training.best_metric in metrics:
-                scores[step] = metrics[training.best_metric]
+        checkpoint = Path(workdir) / CHECKPOINTS_FOLDER / str(step)
+        try:
+            metrics = _metrics(checkpoint)
+        except ValueError as error:
+            raise InputError(f'{checkpoint} has damaged metrics ({error}); name the step of another') from None
+        if training.best_metric in metrics:
+            scores[step] = metrics[training.best_metric]
     if not scores:
         raise InputError(f'{workdir}: no checkpoint has {training.best_metric}; take the latest, or train on')
     return (min if training.best_mode == 'min' else max)(scores, key=scores.__getitem__)
@@ -190,7 +207,7 @@ def read_checkpoint(
         step = steps[-1] if step == 'latest' else best_step(workdir)
     if step not in steps:
         raise InputError(f'{workdir} has no checkpoint of step {step}; there are {", ".join(map(str, steps))}')
-    checkpoint = Path(workdir).absolute() / FOLDER / str(step)
+    checkpoint = Path(workdir).absolute() / CHECKPOINTS_FOLDER / str(step)
     with _first_error_only(), _reader(ocp.PyTreeCheckpointHandler()) as reader:
         try:
             stored = reader.metadata(checkpoint).item_metadata['state'].tree
@@ -206,6 +223,27 @@ def read_checkpoint(
             raise
         except Exception as error:  # as in Checkpoints.restore
             raise InputError(f'{checkpoint} cannot be read ({_first_line(error)}); take another step') from error
+
+
+def _metrics(checkpoint: Path) -> dict[str, float]:
+    """What was measured of a checkpoint; empty if nothing was.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads((checkpoint / 'metrics' / 'metrics').read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        return {}
+
+
+def _fault_of_metrics(checkpoint: Path) -> str:
+    """Why a checkpoint's metrics cannot be read; empty if they can."""
+    try:
+        _metrics(checkpoint)
+    except (OSError, ValueError) as error:
+        return _first_line(error)
+    return ''
 
 
 def _steps(folder: Path) -> list[int]:

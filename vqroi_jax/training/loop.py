@@ -22,11 +22,13 @@ from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from vqroi_jax import viz
 from vqroi_jax.errors import InputError, Stopped
 from vqroi_jax.stopping import stop_requests
 from vqroi_jax.training.checkpoints import Checkpoints, checkpoint_bytes, saved_steps
 from vqroi_jax.training.durations import to_steps
 from vqroi_jax.training.metric_writers import (
+    FIGURES_FOLDER,
     METRICS_FILE,
     MetricWriter,
     Progress,
@@ -34,6 +36,8 @@ from vqroi_jax.training.metric_writers import (
     read_metrics,
 )
 from vqroi_jax.workdir import is_primary, require_space
+
+CURVES_FIGURE = 'curves.png'  # metrics over steps, drawn with the task's figures
 
 State = Any
 Metrics = dict[str, float]
@@ -104,15 +108,16 @@ class Schedule:
         fields = ('duration', 'log_every', 'eval_every', 'figures_every', 'checkpoint_every')
         for name, values in (('best_mode', ('min', 'max')), ('on_nonfinite', ('stop', 'skip'))):
             if training[name] not in values:
-                raise InputError(f'training.{name}: {training[name]!r} is none of {", ".join(values)}')
+                raise InputError(f'config.training.{name}: {training[name]!r} is none of {", ".join(values)}')
         for name, least in (('keep_last', 1), ('keep_best', 0)):
             if training[name] < least:
-                raise InputError(f'training.{name}: {training[name]} is too few; at least {least} expected')
+                raise InputError(f'config.training.{name}: {training[name]} is too few; at least {least} expected')
         if evaluated and training.keep_best and training.best_metric not in evaluated:
+            known = ', '.join(evaluated)
             raise InputError(
-                f'training.best_metric: {training.best_metric!r} is not evaluated; there are {", ".join(evaluated)}'
+                f'config.training.best_metric: {training.best_metric!r} is not evaluated; there are {known}'
             )
-        return cls(*(to_steps(training[name], steps_per_epoch, f'training.{name}') for name in fields))
+        return cls(*(to_steps(training[name], steps_per_epoch, f'config.training.{name}') for name in fields))
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens after `step` updates."""
@@ -323,8 +328,8 @@ class _Loop:
     def _refuse(self, done: _InFlight, metrics: Metrics) -> None:
         terms = [name for name, value in metrics.items() if not math.isfinite(value)]
         index = done.index
-        if jax.process_count() > 1:
-            index = multihost_utils.process_allgather(index, tiled=True)
+        if jax.process_count() > 1:  # of which some may have read the same
+            index = np.unique(multihost_utils.process_allgather(index, tiled=True))
         self.checkpoints.wait()
         saved = saved_steps(self.workdir)
         raise InputError(
@@ -386,8 +391,12 @@ class _Loop:
         return scores
 
     def _draw(self) -> None:
-        if self.task.figures:
-            self.writer.figures(self.step, self.task.figures(self.state))
+        if not self.task.figures:
+            return
+        self.writer.figures(self.step, self.task.figures(self.state))
+        if self.step and is_primary():
+            curves = viz.curves(read_metrics(self.workdir / METRICS_FILE))
+            viz.save_figure(curves, self.workdir / FIGURES_FOLDER / CURVES_FIGURE)
 
     def _save(self, scores: Metrics) -> None:
         loop = {'iterator': self.iterator.get_state(), 'tally': self.tally.to_json()}

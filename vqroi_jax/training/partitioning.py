@@ -25,6 +25,7 @@ STACKED = 'blocks'  # stage 2's layers, one after the other along the first axis
 # Smallest array that is split along `fsdp`, in numbers. Putting a smaller one together takes as long as the latency of
 # a transfer, whatever its size, and norms and biases, which are smaller, are under a thousandth of a network.
 FSDP_SMALLEST = 2**14
+GATHERED = 2**28  # bytes of an array that are whole on a device while it is brought to all hosts
 
 
 def make_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -264,6 +265,12 @@ def check_batch(field: str, batch_size: int, micro_batches: int, mesh: Mesh) -> 
         )
 
 
+def even_rows(rows: int, mesh: Mesh) -> int:
+    """The least number of rows, no fewer than those, that all devices get as many of."""
+    parts = row_parts(mesh)
+    return -(-rows // parts) * parts
+
+
 class Process(TypedDict):
     """One of a run's processes, as `vqroi_jax.data.pipeline` takes it."""
 
@@ -295,6 +302,23 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         return jax.make_array_from_process_local_data(sharding, rows, (len(rows) * shares, *rows.shape[1:]))
 
     return {name: put(name, rows) for name, rows in batch.items()}
+
+
+def put_whole(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every host has, whole on each of the mesh's devices.
+
+    `jax.device_put` would do for one process; of several it compares theirs, in copies of all of them on each device.
+
+    Args:
+        tree: of NumPy arrays, or JAX's of one process.
+        mesh: of the run.
+    """
+
+    def put(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, replicated(mesh), array.__getitem__)
+
+    return jax.tree.map(put, tree)
 
 
 def put_rows(read: Callable[[int], np.ndarray], shape: tuple[int, ...], mesh: Mesh) -> jax.Array:
@@ -371,10 +395,17 @@ def in_batches(function: Callable, whole: Any, array: np.ndarray, rows: int) -> 
 
 
 def gather(tree: Any) -> Any:
-    """Arrays that are split over devices and hosts, as whole NumPy arrays on every host."""
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.device_get(tree)
+    """Arrays that are split over devices and hosts, as whole NumPy arrays on every host.
+
+    From other hosts they come by way of the devices, where no more than `GATHERED` bytes of them are whole at a time.
+    """
+    return jax.tree.map(_gather, tree) if jax.process_count() > 1 else jax.device_get(tree)
+
+
+def _gather(array: jax.Array) -> np.ndarray:
+    rows = max(1, GATHERED * len(array) // max(array.nbytes, 1))
+    parts = [array[start : start + rows] for start in range(0, len(array), rows)] if rows < len(array) else [array]
+    return np.concatenate([multihost_utils.process_allgather(part, tiled=True) for part in parts])
 
 
 def from_primary(numbers: np.ndarray) -> np.ndarray:
@@ -395,3 +426,8 @@ def micro_batches(batch: Any, number: int) -> Any:
     Row r goes to micro-batch r % number, so that rows that lie on one device spread over all micro-batches.
     """
     return jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def joined_micro_batches(parts: Any) -> Any:
+    """Puts the rows of `micro_batches` back in their order: `[number, rows / number]` axes become one."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)

@@ -65,6 +65,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         ('seed', 0 <= config.seed < 2**32, '0 to 2**32 - 1'),
         ('ema_decay', 0 <= config.ema_decay < 1, '0 (none) to below 1'),
         ('figure_rois', config.figure_rois >= 1, '1 or more'),
+        ('eval_batch_size', config.eval_batch_size >= 1, '1 or more'),
     )
     check_fields('config', config, fields)
     optimizers.check(config.optimizer, 'config.optimizer')

@@ -124,6 +124,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         ('seed', 0 <= config.seed < 2**32, '0 to 2**32 - 1'),
         ('ema_decay', 0 <= config.ema_decay < 1, '0 (none) to below 1'),
         ('figure_rois', config.figure_rois >= 1, '1 or more'),
+        ('eval_batch_size', config.eval_batch_size >= 1, '1 or more'),
         ('discriminator.channels', config.discriminator.channels, '1 number or more'),
         ('codebook.decay', 0 <= codebook.decay < 1, '0 to below 1'),
         ('codebook.init_batches', codebook.init_batches >= 1, '1 or more'),
@@ -430,6 +431,7 @@ def gradients(recipe: Recipe, state: VQGANState, batch: Batch, noise: Noise, wei
         example = jax.eval_shape(lambda part: first_sweep(*part)[3], jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example._replace(rest=(), adversarial=()))
         side, (rest, adversarial, normalised, tokens) = jax.lax.scan(one_part, zeros, parts)
+        normalised, tokens = partitioning.joined_micro_batches((normalised, tokens))
         side = jax.tree.map(lambda x: x / settings.micro_batches, side)
         weight = weigh(side)
         zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -557,7 +559,7 @@ def make_train_step(
 ) -> Callable[[VQGANState, Batch], tuple[VQGANState, Metrics]]:
     """The jitted step of a run: (state, global batch) to (state, metrics); arguments as of `jit_step`."""
     jitted = jit_step(recipe, state, mesh)
-    weights = jax.device_put(recipe.lpips_weights, partitioning.replicated(mesh))
+    weights = partitioning.put_whole(recipe.lpips_weights, mesh)
     return lambda state, batch: jitted(state, {name: batch[name] for name in ('volume', 'label')}, weights)
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
+from vqroi_jax import progress
 from vqroi_jax.data.brats_roi.crops import load_crop
 
 _SHARD_BYTES = 2**28  # of decoded records: what TFDS holds in memory until a shard is written
@@ -113,7 +113,7 @@ class Builder(tfds.core.ShardBasedBuilder):
         tfds.disable_progress_bar()
         total = sum(len(records) for records in self._splits.values())
         quiet = contextlib.redirect_stdout(io.StringIO())  # TFDS's notes on downloads
-        with quiet, tqdm(total=total, desc='storing', unit='patient', disable=None) as self._bar:
+        with quiet, progress.bar('storing', 'patient', total=total) as self._bar:
             try:
                 self.download_and_prepare(file_format='array_record', download_dir=self._data_dir_root)
             except RuntimeError as error:  # all that ArrayRecord has

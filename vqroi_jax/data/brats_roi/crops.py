@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
+from vqroi_jax import progress
 from vqroi_jax.data import workers
 from vqroi_jax.data.cohort import Problem, Scan
 from vqroi_jax.data.roi import PatientError, Roi, read_roi
@@ -103,7 +103,7 @@ def crop_scans(scans: Sequence[Scan], data: ConfigDict, folder: Path) -> tuple[d
     """
     folder.mkdir(parents=True, exist_ok=True)
     results: list = [None] * len(scans)
-    with tqdm(total=len(scans), desc='cropping', unit='patient', disable=None) as bar:
+    with progress.bar('cropping', 'patient', total=len(scans)) as bar:
         for position, result in _in_processes(scans, data, folder):
             results[position] = result
             bar.update()
