@@ -3,7 +3,7 @@
     python -m vqroi_jax.main --config=configs/demo.py --workdir=runs/demo
 
 Each stage takes the `demo` variant of its own config. Variants: `demo` (default), `bidirectional` (stage 2 fills masks
-in both directions and samples in a few passes) and `smoke` (seconds, for tests).
+in both directions and samples in a few passes) and `smoke` (a minute or two, for tests).
 """
 
 import pathlib

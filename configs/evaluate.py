@@ -6,8 +6,8 @@
 Each side is a prepared cohort, a folder that `configs/generate.py` has filled, or any folder of NIfTI ROIs whose
 folders are named after their classes. Leaves `metrics.json` and `report.html`, one page to open in a browser.
 
-Most of the time goes into VGG16, MS-SSIM and, where its weights are given, Inception-v3; memory does not grow with the
-number of ROIs.
+Most of the time goes into VGG16, MS-SSIM and, where its weights are given, Inception-v3. Volumes lie on the disk of the
+workdir meanwhile (4 bytes a voxel); in memory are those alone that the small classifier of 'agreement' is trained on.
 Variants: `paper` (default), `demo` and `smoke` (fewer pairs, slices and bootstraps).
 """
 

@@ -2,8 +2,8 @@
 
     python -m vqroi_jax.main --config=configs/prepare.py --config.data.path=BRATS --workdir=runs/cohort
 
-Takes about a tenth of a second a patient, most of it gzip. The workdir can then be given to any training
-config as `--config.data.path`; a training config given a raw cohort folder prepares it by itself.
+Takes about a tenth of a second a patient, most of it gzip. Stage 1 then takes the workdir as `--config.data.path`,
+evaluations and experiments as `--config.real`; stage 1 that is given a raw cohort folder prepares it by itself.
 
 Variants: `paper` (default, 128³ ROIs), `demo` and `smoke` (small phantom cohorts).
 """

@@ -6,9 +6,8 @@
 Variants: `paper` (default: 24 layers of width 1024, 5,000 epochs), `v5e_16` (the same on 16 chips of a TPU v5e,
 topology 4x4; what it changes and why stands below), `release` (the authors' published code's choices in masking),
 `bidirectional` (fills masks in both directions, and samples in a few passes), `demo` (6³ tokens of phantoms, minutes on
-a CPU) and `smoke` (seconds on a CPU, for tests).
-Durations are text, '2000 epochs' or '500 steps'; inside the program everything is counted in steps. Sizes of tokens and
-codebook, and the classes, are stage 1's.
+a CPU) and `smoke` (under a minute on a CPU, for tests). Durations are text, '2000 epochs' or '500 steps'; inside the
+program everything is counted in steps. Sizes of tokens and codebook, and the classes, are stage 1's.
 """
 
 import pathlib

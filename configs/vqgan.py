@@ -4,7 +4,7 @@
 
 Variants: `paper` (default: 128³, 10,000 epochs), `light` (a decoder without its ResBlock at full resolution), `v5e_16`
 (`paper` on 16 chips of a TPU v5e, topology 4x4; what it changes and why stands below), `release` (the learning rates of
-the authors' published code), `demo` (24³ phantoms, minutes on a CPU) and `smoke` (seconds on a CPU, for tests).
+the authors' published code), `demo` (24³ phantoms, minutes on a CPU) and `smoke` (under a minute on a CPU, for tests).
 Durations are text, '2000 epochs' or '500 steps'; inside the program everything is counted in steps.
 """
 

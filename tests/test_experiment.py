@@ -240,8 +240,8 @@ def test_what_is_known_of_the_generator_is_said():
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'rois': 17}, 'real ROIs of class LGG: 17 wanted, 16 there'),
-        ({'pretrain_rois': 31}, 'pretrain_synthetic ROIs of class LGG: 31 wanted, 30 there'),
+        ({'rois': 17}, r'config\.arms\..*\.rois=17 wants 17 real ROIs of class LGG, of which there are 16;'),
+        ({'pretrain_rois': 31}, 'pretrain_rois=31 wants 31 synthetic ROIs of class LGG, of which there are 30'),
         ({'pretrain_real': ('GBM',)}, "class 'GBM' is none of LGG, HGG"),
         ({'rois': 2}, '2 ROIs are too few for 3 disjoint validation sets of 1'),
     ],

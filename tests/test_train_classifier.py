@@ -296,7 +296,7 @@ def test_weights_that_know_held_out_patients_or_another_network_are_refused(tran
         (['--config.baseline=none'], "config.baseline='none' is none of real_only, synthetic"),
         (['--config.validation=0.6'], 'expected a share above 0 and under 1 / config.runs'),
         (['--config.model.depth=20'], 'config.model.depth=20 is none of 10, 18, 34, 50'),
-        (['--config.arms.synthetic.pretrain_rois=50'], 'pretrain_synthetic ROIs of class LGG: 50 wanted, 7 there'),
+        (['--config.arms.synthetic.pretrain_rois=50'], 'wants 50 synthetic ROIs of class LGG, of which there are 7'),
         (['--config.classes=("LGG","DIPG")'], 'no ROI of class DIPG'),
     ],
 )
@@ -334,7 +334,7 @@ def learn_from_everyone(folder):
         (lambda f: keep(f, (), 0), (), 'no NIfTI file (.nii or .nii.gz), and is no prepared cohort'),
         (lambda f: keep(f, ('LGG',), 1), (), 'has no ROI of class HGG, only of LGG'),
         (lambda f: keep(f, ('HGG',), 7), (), 'has no ROI of class LGG, only of HGG'),
-        (lambda f: keep(f, ('LGG', 'HGG'), 1), (), 'pretrain_synthetic ROIs of class LGG: 4 wanted, 1 there'),
+        (lambda f: keep(f, ('LGG', 'HGG'), 1), (), 'wants 4 synthetic ROIs of class LGG, of which there are 1'),
         (
             lambda f: keep(f, ('LGG', 'HGG'), 1),
             ['--config.arms.synthetic.pretrain_rois=0'],

@@ -104,7 +104,7 @@ def plan(config: ConfigDict, name: str, number: int, sets: tuple[RoiSet, RoiSet]
         rng = np.random.default_rng([config.seed, label])
         there = rng.permutation(np.intersect1d(real.of(label), real.among('train', 'val')))
         made.append(rng.permutation(sets[1].of(label)))
-        kept.append(_take(there, arm.rois, f'arm {name}: real ROIs of class {title}'))
+        kept.append(_take(there, arm.rois, f'config.arms.{name}.rois', f'real ROIs of class {title}'))
         left.append(there[len(kept[-1]) :])
     finetune = _split(config, f'arm {name}, finetune', number, sets, [_pairs(0, rows) for rows in kept], arm.balance)
     seen = finetune.validation.patients
@@ -113,7 +113,8 @@ def plan(config: ConfigDict, name: str, number: int, sets: tuple[RoiSet, RoiSet]
         free = np.array([row for row in left[label] if real.patients[row] not in seen], int)
         for field, which, rows in (('pretrain_real', 0, free), ('pretrain_synthetic', 1, made[label])):
             if title in arm[field]:
-                rows = _take(rows, arm.pretrain_rois, f'arm {name}: {field} ROIs of class {title}')
+                what = f'{field.removeprefix("pretrain_")} ROIs of class {title}'
+                rows = _take(rows, arm.pretrain_rois, f'config.arms.{name}.pretrain_rois', what)
                 wanted.append(_pairs(which, rows))
     if not wanted:
         return {'finetune': finetune}
@@ -123,9 +124,10 @@ def plan(config: ConfigDict, name: str, number: int, sets: tuple[RoiSet, RoiSet]
     }
 
 
-def _take(rows: np.ndarray, number: int, what: str) -> np.ndarray:
+def _take(rows: np.ndarray, number: int, field: str, what: str) -> np.ndarray:
     if len(rows) < max(number, 1):
-        raise InputError(f'{what}: {number or "some"} wanted, {len(rows)} there')
+        advice = '; choose fewer, or 0 for all' if len(rows) else ''
+        raise InputError(f'{field}={number} wants {number or "some"} {what}, of which there are {len(rows)}{advice}')
     return rows[:number] if number else rows
 
 
