@@ -35,7 +35,7 @@ def get_config(variant: str = 'paper') -> ml_collections.ConfigDict:
     config.target = 'v5e:4x4'
 
     config.cohort = cohort = ml_collections.ConfigDict()
-    cohort.rois = 282  # in the training split
+    cohort.rois = 282  # in the training split, as published; of BraTS 2019, configs/prepare.py leaves 251
     cohort.classes = 2
 
     # Also look for the largest batch that fits, by three compilations or so for each of `remat`.

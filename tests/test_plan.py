@@ -113,10 +113,10 @@ def test_another_version_compiles_again(transformer_plan, tmp_path, monkeypatch)
 
 def test_generation_is_planned_by_its_two_programs(tmp_path):
     config = tiny_config('generate')
-    config.search = False
+    config.search, config.generate.sampling.sub_batch = False, 2
     plan.run(config, tmp_path)
     rows = json.loads((tmp_path / plan.PLAN_FILE).read_text())['compiled']
-    assert [row['program'] for row in rows] == ['draw', 'decode']
+    assert [(row['program'], row['rows']) for row in rows] == [('draw', 2), ('decode', 1)]
     assert all(row['fits'] and row['cost']['flops'] > 0 for row in rows)
 
 
@@ -233,6 +233,9 @@ def test_the_report_says_what_fits_and_what_does_not():
     assert 'step, remat none, 6 a chip: all-reduce over 2 devices, 3 times, 8 MB' in text
     assert 'Up to 2 loop(s)' in text
     assert "those of the CPU's program" in text
+    assert 'Where TFLOP is 0' not in text
+    sums = plan.describe(made, [dataclasses.replace(fits, cost=Cost(bytes=1e9))], [])
+    assert 'Where TFLOP is 0' in plan.report(sums)
     assert '  GiB in all  ' in text
     figure = plan.draw(found)
     assert figure.axes[0].get_xlabel() == 'GiB of memory'
@@ -355,7 +358,9 @@ def test_samples_are_drawn_class_by_class():
     config.generate.number, config.generate.sampling.sub_batch, config.cohort.classes = 10, 16, 3
     made = planner.Planner(config, find_target('cpu'), None)
     drawn = planner.Compiled('draw', '', 16, True, {}, Cost(), 1.0)
+    decoded = dataclasses.replace(drawn, program='decode', rows=1)
     assert plan._calls(made, drawn) == (3, 'calls')
+    assert plan._calls(made, decoded) == (30, 'calls')
     config.generate.classes, config.generate.number = ('HGG',), 17
     assert plan._calls(made, drawn) == (2, 'calls')
 

@@ -38,7 +38,6 @@ FORMAT = 1  # of the file
 # Bytes that Python imports from: zip archives without the 64-bit extension, which is written from 2 GiB on.
 _LARGEST = 2**31 - 2**24
 _DISK_RESERVE = 2**24  # bytes, for what is small
-_DECODER = ('decoder', 'post_quantisation')  # what stage 1 decodes with, beside the codebook
 
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
@@ -112,7 +111,7 @@ def programs_of(
         `decode`, of (weights, tokens int32 `[d, h, w]`): float32 `[D, H, W]` in (-1, 1).
     """
     facts, vqgan, rows = transformer.facts, transformer.vqgan, sampling.sub_batch
-    params, variables = _drawing_weights(transformer), _decoding_weights(transformer)
+    params, variables = _drawing_weights(transformer), transformer.vqgan.decoder_variables
 
     def draw(weights: dict[str, jax.Array], seed: jax.Array, label: jax.Array, indices: jax.Array) -> jax.Array:
         labels = jnp.full(rows, label, jnp.int32)
@@ -137,7 +136,7 @@ def programs_of(
 
 def weights_of(transformer: TrainedTransformer) -> dict[str, dict[str, np.ndarray]]:
     """The weights of the programs, by their names in the model: of stage 1 those that decode alone."""
-    return {'tokens': _flat(_drawing_weights(transformer)), 'decode': _flat(_decoding_weights(transformer))}
+    return {'tokens': _flat(_drawing_weights(transformer)), 'decode': _flat(transformer.vqgan.decoder_variables)}
 
 
 def describe(transformer: TrainedTransformer, sampling: Sampling, platforms: tuple[str, ...]) -> dict[str, Any]:
@@ -162,11 +161,6 @@ def describe(transformer: TrainedTransformer, sampling: Sampling, platforms: tup
 
 def _drawing_weights(transformer: TrainedTransformer) -> Any:
     return decoding.drawing_params(transformer.model, transformer.params)
-
-
-def _decoding_weights(transformer: TrainedTransformer) -> Any:
-    variables = transformer.vqgan.variables
-    return {**variables, 'params': {name: variables['params'][name] for name in _DECODER}}
 
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:

@@ -188,6 +188,8 @@ def report(plan: dict[str, Any]) -> str:
             f'While samples are drawn for figures, each device holds {plan["drawing"] / size:.3g} {unit} of parameters '
             'beside the arguments, in place of the temporaries.'
         )
+    if any(row['fits'] and not row['cost']['flops'] for row in rows):
+        lines.append('Where TFLOP is 0, the compiler has made sums of all products, as of a single row: none counts.')
     if loops := max(row['cost']['open_loops'] for row in rows):
         lines.append(f'Up to {loops} loop(s) in each program run until their data say so, and are counted once.')
     if _borrowed(plan):

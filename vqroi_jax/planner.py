@@ -25,7 +25,7 @@ from vqroi_jax.decoding import Sampling, drawing_params
 from vqroi_jax.errors import fields_of
 from vqroi_jax.models import layers
 from vqroi_jax.targets import GIB, Target
-from vqroi_jax.trained import TrainedVQGAN, decode_function, draw_function
+from vqroi_jax.trained import TrainedVQGAN, draw_function
 from vqroi_jax.training import partitioning, transformer, vqgan
 from vqroi_jax.workdir import write_atomically
 
@@ -43,6 +43,7 @@ class Program:
     name: str
     jitted: Any
     arguments: tuple
+    rows: int  # on each chip, or on each group of chips that shares the weights
 
 
 def programs(config: ConfigDict, mesh: Mesh) -> list[Program]:
@@ -67,7 +68,8 @@ def _vqgan_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
         'label': _rows(rows, mesh)['label'],
     }
     state = partitioning.placed_state(vqgan.state_shapes(recipe), mesh)
-    return [Program('step', vqgan.jit_step(recipe, state, mesh), (state, batch, weights))]
+    step = vqgan.jit_step(recipe, state, mesh)
+    return [Program('step', step, (state, batch, weights), rows // partitioning.row_parts(mesh))]
 
 
 def _transformer_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
@@ -76,7 +78,8 @@ def _transformer_step(config: ConfigDict, mesh: Mesh) -> list[Program]:
     state, length = partitioning.placed_state(transformer.state_shapes(recipe), mesh), recipe.masking.length
     shape = (2 ** len(settings.augment.flip), length) if settings.augment.flip else (length,)
     batch = _rows(settings.batch_size, mesh, tokens=(shape, jnp.int32), scores=(shape, jnp.float32))
-    return [Program('step', transformer.jit_step(recipe, state, mesh), (state, batch))]
+    step = transformer.jit_step(recipe, state, mesh)
+    return [Program('step', step, (state, batch), settings.batch_size // partitioning.row_parts(mesh))]
 
 
 def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
@@ -86,17 +89,18 @@ def _generation(config: ConfigDict, mesh: Mesh) -> list[Program]:
     params = partitioning.placed_shapes(_drawing_shapes(recipe), partitioning.replicated(mesh))
     with fields_of('generate'):
         sampling = Sampling.read(settings.sampling, model, stage1.model.codes, config.cohort.classes)
-    rows = settings.sampling.sub_batch * partitioning.row_parts(mesh)
+    group, groups = settings.sampling.sub_batch, partitioning.row_parts(mesh)
     one, many = ((), jnp.int32), ((length,), jnp.int32)
-    wanted = _rows(rows, mesh, label=one, index=((), jnp.uint32), given=many)
+    wanted = _rows(group * groups, mesh, label=one, index=((), jnp.uint32), given=many)
     draw = draw_function(model, stage1.model.codes, sampling)
     seed = partitioning.placed_shapes(jax.ShapeDtypeStruct((), jnp.uint32), partitioning.replicated(mesh))
     return [
-        Program('draw', partitioning.jit_on_each_device(draw, mesh), ((params, seed), tuple(wanted.values()))),
+        Program('draw', partitioning.jit_on_each_device(draw, mesh), ((params, seed), tuple(wanted.values())), group),
         Program(
             'decode',
-            partitioning.jit_on_each_device(decode_function(stage1), mesh),
-            (stage1.decoder_variables, (_rows(rows, mesh, tokens=many)['tokens'],)),
+            partitioning.jit_on_each_device(stage1.decode, mesh),
+            (stage1.decoder_variables, (_rows(groups, mesh, tokens=many)['tokens'],)),
+            rows=1,
         ),
     ]
 
@@ -167,7 +171,7 @@ class Compiled:
     Attributes:
         program: its name, see `programs`.
         remat: setting of the stage's `model.remat`; '' where it has none.
-        rows: ROIs a step (or samples drawn together) on each chip, or on each group of chips that shares the weights.
+        rows: ROIs a step (or samples drawn or decoded together), see `Program`.
         fits: whether the compiler could place it in the chip's memory, if it knows that.
         memory: bytes by kind: `arguments`, `outputs`, `temporaries`, `program`, less `aliased`: outputs that take the
             place of arguments. Where it does not fit, `needed` alone: what the compiler had come down to.
@@ -302,11 +306,11 @@ class Planner:
 
     def compile(self, rows: int, remat: str) -> Compiled:
         """The stage's main program (the first) at a batch; what is in the workdir already is read from there."""
-        return self._compile(programs(self._with(rows, remat), self.mesh)[0], rows, remat)
+        return self._compile(programs(self._with(rows, remat), self.mesh)[0], remat)
 
     def others(self, rows: int, remat: str) -> list[Compiled]:
         """The stage's other programs at a batch."""
-        return [self._compile(one, rows, remat) for one in programs(self._with(rows, remat), self.mesh)[1:]]
+        return [self._compile(one, remat) for one in programs(self._with(rows, remat), self.mesh)[1:]]
 
     def batch_size(self, rows: int) -> int:
         """Rows of the global batch."""
@@ -326,14 +330,11 @@ class Planner:
             config[config.stage].model.remat = remat
         return config
 
-    def _compile(self, program: Program, rows: int, remat: str) -> Compiled:
+    def _compile(self, program: Program, remat: str) -> Compiled:
         self._number += 1
+        what = f'[{self._number}] {self.config.stage} {program.name} for {self.target.name}'
         kind = f', remat {remat}' if remat else ''
-        print(
-            f'[{self._number}] {self.config.stage} {program.name} for {self.target.name}{kind}, {rows} a chip: ',
-            end='',
-            flush=True,
-        )
+        print(f'{what}{kind}, {program.rows} a chip: ', end='', flush=True)
         traced = program.jitted.trace(*program.arguments)
         lowered = traced.lower(lowering_platforms=(self.target.platform,))
         if self.target.platform == 'cuda':  # lowered for it, which checks that; but only a GPU's compiler could go on
@@ -346,7 +347,7 @@ class Planner:
             print(f'known, {_shown(result)}')
             return result
         print('compiling ... ', end='', flush=True)
-        result = _measure(lowered, program.name, rows, remat)
+        result = _measure(lowered, program.name, program.rows, remat)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(result.to_json(), indent=2) + '\n')
         print(f'{result.seconds:.0f} s ({time.perf_counter() - self._begin:.0f} s in all), {_shown(result)}')

@@ -436,7 +436,7 @@ class Sampler:
         self._variables = partitioning.put_whole(vqgan.decoder_variables, mesh)
         draw = draw_function(model, vqgan.model.codes, self._sampling)
         self._draw_tokens = partitioning.on_each_device(draw, mesh)
-        self._decode = partitioning.on_each_device(decode_function(vqgan), mesh)
+        self._decode = partitioning.on_each_device(vqgan.decode, mesh)
 
     def use(self, params: Any) -> 'Sampler':
         """A sampler that draws with these parameters, by the programs of this one.
@@ -530,15 +530,6 @@ def draw_function(model: Transformer, codes: int, sampling: Sampling) -> Callabl
         return decoding.sample(model, *whole, label, index, given, codes, sampling)
 
     return draw
-
-
-def decode_function(vqgan: TrainedVQGAN) -> Callable:
-    """What a device decodes with: pure, of (stage 1's variables, tokens `[n, L]`), one sample after the other."""
-
-    def decode(variables: Any, tokens: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda one: vqgan.decode(variables, one[None])[0], tokens)
-
-    return decode
 
 
 def _open_run(workdir: str | Path, task: str, stage: str, field: str) -> tuple[Path, ConfigDict]:
