@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any
 
 from tqdm import tqdm
 
@@ -11,7 +10,7 @@ EVERY = 30  # seconds between lines
 
 def bar(
     what: str, unit: str, steps: Iterable | None = None, total: int | None = None, initial: int = 0, shown: bool = True
-) -> 'tqdm[Any]':
+) -> tqdm:
     """A bar on stderr; where that is no terminal a line every `EVERY` seconds, and none of work that takes less.
 
     Args:
