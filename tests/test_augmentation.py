@@ -11,6 +11,7 @@ from scipy.spatial.transform import Rotation
 from vqroi_jax import augmentation
 
 SHAPE = (12, 14, 17)
+MM = (1.0, 1.0, 1.0)
 STILL = {'flip': False, 'rotation': 0.0, 'scale': 1.0, 'elastic': 0.0}
 
 
@@ -60,7 +61,7 @@ def test_mirrors_along_the_chosen_axes():
 
 def test_draws_stay_within_the_settings():
     keys = jax.random.split(jax.random.key(0), 400)
-    draw = jax.vmap(lambda key: augmentation.draw_change(key, settings(flip=True, rotation=30, scale=1.5), SHAPE))
+    draw = jax.vmap(lambda key: augmentation.draw_change(key, settings(flip=True, rotation=30, scale=1.5), SHAPE, MM))
     drawn = draw(keys)
     np.testing.assert_allclose(np.mean(drawn.flip, axis=0), 0.5, atol=0.1)
     factors = np.linalg.det(drawn.matrix) ** (-1 / 3)
@@ -74,13 +75,25 @@ def test_draws_stay_within_the_settings():
     assert not np.any(drawn.bend)
 
 
+def test_voxels_that_are_no_cubes_are_turned_and_shifted_in_millimetres():
+    how, keys = settings(rotation=30, scale=1.5, elastic=0.1), jax.random.split(jax.random.key(2), 200)
+    spacing = np.array([5.0, 1.0, 2.0])
+    drawn = jax.vmap(lambda key: augmentation.draw_change(key, how, SHAPE, tuple(spacing)))(keys)
+    turns = np.asarray(drawn.matrix) * spacing[:, None] / spacing  # of places in mm
+    factors = np.linalg.det(turns) ** (-1 / 3)
+    turns = turns * factors[:, None, None]
+    np.testing.assert_allclose(turns @ turns.transpose(0, 2, 1), np.broadcast_to(np.eye(3), turns.shape), atol=1e-5)
+    shifts = np.std(drawn.bend, axis=(0, 1, 2, 3)) * spacing
+    np.testing.assert_allclose(shifts, 0.1 * np.min(SHAPE * spacing), rtol=0.05)
+
+
 @pytest.mark.parametrize('flip', [True, False])
 def test_a_sample_depends_on_its_own_key_alone(flip):
     volumes = jnp.stack([volume(seed) for seed in range(3)])[..., None]
     keys = jax.random.split(jax.random.key(1), 3)
     how = settings(flip=flip, rotation=30.0, scale=1.5, elastic=0.05)
-    found = augmentation.augment(keys, volumes, how)
-    np.testing.assert_allclose(augmentation.augment(keys[1:], volumes[1:], how), found[1:], atol=1e-5)
+    found = augmentation.augment(keys, volumes, how, MM)
+    np.testing.assert_allclose(augmentation.augment(keys[1:], volumes[1:], how, MM), found[1:], atol=1e-5)
     assert found.shape == volumes.shape
     assert found.min() >= -1
     assert found.max() <= 1

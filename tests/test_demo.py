@@ -33,6 +33,14 @@ def smoke_config(variant='smoke'):
     return config
 
 
+def test_reconstructions_are_told_as_far_as_there_are_any():
+    assert demo.reconstruction_table({}) == 'No phantoms are held out, so none is reconstructed.'
+    figures = {f'val/{name}': 0.5 for name in ('psnr', 'psnr_box', 'l1', 'accuracy', 'live_codes', 'perplexity')}
+    lines = demo.reconstruction_table(figures).splitlines()
+    assert 'SSIM' not in lines[2]  # of ROIs that are small
+    assert lines[3].split() == ['all', '0.500', '0.500', '0.500', '0.500']
+
+
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
     """Folder of a finished demo."""

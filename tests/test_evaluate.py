@@ -18,10 +18,11 @@ from matplotlib.text import Text
 from scipy import linalg, ndimage, spatial
 
 from vqroi_jax import evaluate, features, figures_of_merit, main, report
+from vqroi_jax.data import roi_sets
 from vqroi_jax.data.roi_sets import RoiSet
 from vqroi_jax.errors import InputError
 from vqroi_jax.merit import networks, privacy, voxels
-from vqroi_jax.merit.evaluation import Evaluation
+from vqroi_jax.merit.evaluation import Evaluation, halves
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'evaluate.py'
 SIDE = 24
@@ -468,6 +469,71 @@ def test_draws_without_pairs_are_left_out_of_the_spread():
     assert 0 < spread < 1.96 * (0.7 - 0.2) / 2
     assert np.isnan(mean(np.zeros(3, int)))
     assert np.isnan(evaluation.bootstrap('test', lambda rows: np.nan, np.arange(3))[1])
+    of_one_pair = functools.partial(voxels.mean_over_pairs, values[:1], one[:1], two[:1])
+    value, spread = evaluation.bootstrap('test', of_one_pair, np.arange(2))
+    assert (value, np.isnan(spread)) == (0.2, True)  # not 0, for nothing is known of another pair
+
+
+def test_no_patient_is_in_both_halves():
+    rows, one_each = np.array([5, 2, 7, 0, 3]), [f'P{row}' for row in range(8)]
+    assert [half.tolist() for half in halves(rows, one_each)] == [[5, 2], [7, 0, 3]]
+    # P0 has rows 5, 0 and 3.
+    several = ['P0', 'P1', 'P2', 'P0', 'P4', 'P0', 'P6', 'P7']
+    assert [half.tolist() for half in halves(rows, several)] == [[5, 0, 3], [2, 7]]
+    assert [half.tolist() for half in halves(rows, ['P0'] * 8)] == [[], rows.tolist()]
+
+
+def test_time_points_of_a_patient_stay_in_one_half_and_away_from_the_classifier():
+    times = dataclasses.replace(as_set(REAL), patients=tuple(f'P{i // 3}' for i in range(len(REAL))))
+    evaluation = Evaluation(times, as_set(OTHERS), config(metrics=()))
+    figures_of_merit.measure(evaluation)
+    for sides in evaluation.sides:
+        one, other = ({times.patients[row] for row in rows} for rows in (sides.one, sides.other))
+        assert not one & other
+        assert sides.n == NUMBER
+        assert not {times.patients[row] for row in evaluation.apart} & other
+    assert len(evaluation.apart) == len(REAL) - 2 * NUMBER
+    alone = dataclasses.replace(as_set(REAL), patients=tuple('AB'[i // 24] for i in range(len(REAL))))
+    with pytest.raises(InputError, match='has too few patients of class LGG: its ROIs are split in two halves'):
+        figures_of_merit.measure(Evaluation(alone, as_set(OTHERS), config(metrics=('mmd',))))
+
+
+def test_the_floor_of_the_classifiers_features_is_of_rois_that_it_has_not_learnt_from(monkeypatch):
+    asked = []
+
+    def tell(evaluation, rows):
+        asked.append(rows)
+        sets = evaluation.real, evaluation.fake
+        return tuple((np.zeros((len(part.labels), 2)), np.random.default_rng(0).normal(size=(48, 3))) for part in sets)
+
+    monkeypatch.setattr(Evaluation, 'told_by', tell)
+    splits = tuple('test' if row % 6 == 0 else 'train' for row in range(len(REAL)))
+    real, fake = as_set(REAL, splits), dataclasses.replace(as_set(OTHERS), volumes=as_set(REAL).volumes)
+    fake = dataclasses.replace(fake, labels=real.labels, ids=real.ids, patients=real.patients)
+    evaluation = Evaluation(real, fake, config(metrics=('frechet', 'agreement'), bootstrap=2))
+    monkeypatch.setattr(networks, '_measure_planes', lambda *unused: None)
+    monkeypatch.setattr(Evaluation, 'seen_by_vgg16', None)
+    figures_of_merit.measure(evaluation)
+    of_distance, of_agreement = asked
+    assert not set(of_distance) & {row for sides in evaluation.sides for row in sides.other}
+    np.testing.assert_array_equal(of_agreement, evaluation.training)
+
+
+def test_what_is_hidden_or_was_left_is_not_read_and_one_set_is_read_once(tmp_path, monkeypatch):
+    real = write(tmp_path / 'real', 4, 0)
+    for hidden in ('LGG/._LGG_0.nii.gz', '.cache/LGG_9.nii'):
+        (real / hidden).parent.mkdir(exist_ok=True)
+        (real / hidden).write_bytes(b'no image')
+    (tmp_path / '.volumes-killed').mkdir()
+    (tmp_path / '.volumes-killed' / 'real.npy').touch()
+    read, names = roi_sets._Raw.read, []
+    monkeypatch.setattr(roi_sets._Raw, 'read', lambda name, *others: (names.append(name), read(name, *others))[1])
+    with roi_sets.open_sets(str(real), str(real), config(), tmp_path) as (one, other):
+        assert one is other
+        assert one.counts() == {'HGG': 4, 'LGG': 4}
+        assert len(list(tmp_path.glob('.volumes-*'))) == 1
+    assert names == ['real']
+    assert not list(tmp_path.glob('.volumes-*'))
 
 
 def test_figures_do_not_depend_on_the_order_of_metrics(folders, tmp_path):
@@ -509,7 +575,8 @@ def test_fid_is_of_inception_alone_and_of_the_planes_it_names(cheap_networks):
             taken = []
             for volume in part.volumes[rows]:
                 extent = np.flatnonzero(np.max(volume, axis=tuple(a for a in range(3) if a != axis - 1)) > -1)
-                places = extent[0] + (np.array([0.25, 0.75]) * (extent[-1] - extent[0] + 1)).astype(int)
+                quarter = (extent[-1] - extent[0] + 1) // 4
+                places = extent[0] + quarter, extent[-1] - quarter
                 taken += [np.take(volume, place, axis - 1) for place in places]
             quarters = [[s[:12, :12].mean(), s[:12, 12:].mean(), s[12:, :12].mean(), s[12:, 12:].mean()] for s in taken]
             seen.append(np.array(quarters))

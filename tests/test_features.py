@@ -33,8 +33,8 @@ def expected(image, network):
 @pytest.mark.parametrize(
     ('plane', 'places', 'take'),
     [
-        ('axial', (7, 9, 11, 13), lambda v, i: v[i]),
-        ('sagittal', (5, 7, 9, 11), lambda v, i: v[:, i]),
+        ('axial', (7, 9, 10, 12), lambda v, i: v[i]),
+        ('sagittal', (5, 7, 8, 10), lambda v, i: v[:, i]),
         ('coronal', (11, 13, 16, 18), lambda v, i: v[:, :, i]),
     ],
 )
@@ -47,6 +47,19 @@ def test_slices_are_spread_over_the_tumour(plane, places, take, network, monkeyp
             np.testing.assert_allclose(
                 found[row, number], expected(take(volume, places[number]), network), rtol=1e-3, atol=1e-4
             )
+
+
+@pytest.mark.parametrize(('voxels', 'slices'), [(16, 2), (17, 4), (128, 16), (5, 16), (9, 3), (24, 5)])
+def test_a_mirrored_volume_is_seen_in_the_same_slices(voxels, slices):
+    volume = np.full((voxels + 3, 2, 2), -1.0, np.float32)
+    volume[1 : voxels + 1] = 0.5
+    found = features.places(volume, 0, slices, keep_empty=False)
+    mirrored = features.places(volume[::-1], 0, slices, keep_empty=False)
+    assert 1 <= found[0] <= found[-1] <= voxels
+    differing = np.abs(found - (voxels + 2 - mirrored[::-1]))
+    assert differing.sum() == (slices % 2 and not voxels % 2)  # then the middle slice lies between two
+    whole = features.places(volume, 0, slices, keep_empty=True)
+    assert np.ptp(np.diff(whole)) <= 1
 
 
 @pytest.mark.long

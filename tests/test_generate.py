@@ -528,6 +528,11 @@ def test_samples_of_another_model_are_not_added(model, tmp_path):
     with pytest.raises(InputError, match=r"LGG_0000\.nii\.gz with identity 'abc123' there, 'def456' now"):
         generate.run(settings(), tmp_path)
     assert contents(tmp_path) == before
+    (tmp_path / 'manifest.csv').write_text(
+        '\n'.join(line for line in before['manifest.csv'].decode().splitlines() if 'HGG' not in line) + '\n'
+    )
+    with pytest.raises(InputError, match=r"LGG_0000\.nii\.gz with identity 'abc123' there, 'def456' now"):
+        generate.run(settings(classes=('HGG',)), tmp_path)  # none of which are listed
 
 
 @pytest.mark.parametrize(

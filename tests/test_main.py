@@ -58,6 +58,12 @@ def test_starts_the_task_with_the_locked_config_and_the_workdir(toy):
     assert config.data.is_locked
 
 
+def test_a_workdir_may_begin_at_home(toy, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/someone')  # shells leave it to programs behind an equals sign
+    assert main.main(['main', f'--config={toy.path}', '--workdir=~/runs/x']) == 0
+    assert toy.started[0][1] == '/home/someone/runs/x'
+
+
 def test_a_variant_is_what_follows_the_colon(toy):
     assert run(toy, variant=':smoke') == 0
     assert toy.started[0][0].batch_size == 1

@@ -1,5 +1,6 @@
 """The experiments as commands: what is left, resuming, and refusals."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -16,6 +17,7 @@ from vqroi_jax import main, prepare, report, templates, train_classifier, viz
 from vqroi_jax.data import samples
 from vqroi_jax.data.learnt_from import LearntFrom, write_learnt_from
 from vqroi_jax.data.roi_sets import open_sets
+from vqroi_jax.errors import InputError
 from vqroi_jax.experiment import plan
 from vqroi_jax.metrics import classification
 from vqroi_jax.training import classifier, partitioning
@@ -197,6 +199,21 @@ def test_goes_on_with_no_other_rois(changed, done, folders, tmp_path, capsys):
     assert (workdir / 'report.html').read_bytes() == (done / 'report.html').read_bytes()
 
 
+def test_goes_on_with_no_other_weights(transferred, tmp_path):
+    config, weights, workdir = transferred
+    workdir = shutil.copytree(workdir, tmp_path / 'experiment')
+    inputs = json.loads((workdir / 'sets.json').read_text())
+    start = train_classifier.read_start(config, 'real_only')
+    assert inputs['arms.real_only.weights'] == start.sha256
+    others = {name: {**layer, 'more': np.zeros(1)} for name, layer in start.params.items()}
+    assert dataclasses.replace(start, params=others).sha256 != start.sha256
+    assert dataclasses.replace(start, patients=start.patients | {'another'}).sha256 != start.sha256
+    (workdir / 'sets.json').write_text(json.dumps(inputs | {'arms.real_only.weights': 'another'}))
+    message = rf'config\.arms\.real_only\.weights={weights} has changed since the experiment'
+    with pytest.raises(InputError, match=message):
+        train_classifier.run(config, workdir)
+
+
 @pytest.fixture(scope='module')
 def transferred(done, folders, tmp_path_factory):
     """An experiment with the frozen features of a part of another, killed in its first training and resumed."""
@@ -332,8 +349,8 @@ def learn_from_everyone(folder):
     ('spoil', 'more', 'message'),
     [
         (lambda f: keep(f, (), 0), (), 'no NIfTI file (.nii or .nii.gz), and is no prepared cohort'),
-        (lambda f: keep(f, ('LGG',), 1), (), 'has no ROI of class HGG, only of LGG'),
-        (lambda f: keep(f, ('HGG',), 7), (), 'has no ROI of class LGG, only of HGG'),
+        (lambda f: keep(f, ('LGG',), 7), (), 'wants 4 synthetic ROIs of class HGG, of which there are 0'),
+        (lambda f: keep(f, ('HGG',), 7), (), 'wants 4 synthetic ROIs of class LGG, of which there are 0'),
         (lambda f: keep(f, ('LGG', 'HGG'), 1), (), 'wants 4 synthetic ROIs of class LGG, of which there are 1'),
         (
             lambda f: keep(f, ('LGG', 'HGG'), 1),

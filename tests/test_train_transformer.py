@@ -185,6 +185,13 @@ def test_an_unfinished_stage_1_is_refused_unless_its_step_is_named(tiny_vqgan, t
     train_transformer.run(tiny_transformer_config(**changes), tmp_path / 'run')
 
 
+def test_a_step_of_the_warm_up_is_refused_for_it_has_no_codebook(tiny_vqgan, tiny_transformer_config, tmp_path):
+    stage1 = copy_of_stage1(tiny_vqgan, tmp_path / 'stage1', **{'codebook.warmup': '4 steps'})
+    config = tiny_transformer_config(vqgan_workdir=str(stage1), vqgan_checkpoint='4')
+    with pytest.raises(InputError, match=r'step 4 of stage 1 in .* belongs to its warm-up \(4 steps\)'):
+        train_transformer.run(config, tmp_path / 'run')
+
+
 def test_a_run_of_another_stage_is_refused(tiny_transformer, tiny_transformer_config, tmp_path):
     with pytest.raises(InputError, match=r"is no run of stage 1: its task is 'transformer'"):
         train_transformer.run(tiny_transformer_config(vqgan_workdir=str(tiny_transformer)), tmp_path)

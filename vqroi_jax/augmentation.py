@@ -21,7 +21,9 @@ class Change(NamedTuple):
     bend: jax.Array  # float32 [4, 4, 4, 3]: what is added to the source, in voxels, at knots from border to border
 
 
-def draw_change(key: jax.Array, settings: ConfigDict, shape: tuple[int, int, int]) -> Change:
+def draw_change(
+    key: jax.Array, settings: ConfigDict, shape: tuple[int, int, int], spacing: tuple[float, ...]
+) -> Change:
     """Draws a change.
 
     Args:
@@ -30,13 +32,17 @@ def draw_change(key: jax.Array, settings: ConfigDict, shape: tuple[int, int, int
             1; drawn evenly in its logarithm from its inverse up) and `elastic` (standard deviation of the knots'
             shifts, as a share of the shortest side).
         shape: D, H, W of the volume.
+        spacing: mm a voxel along each, for rotations and shifts are of space.
     """
     flips, turns, size, bends = jax.random.split(key, 4)
     flip = jax.random.bernoulli(flips, shape=(3,)) & settings.flip
     angles = jnp.deg2rad(settings.rotation) * jax.random.uniform(turns, (3,), minval=-1.0)
     factor = settings.scale ** jax.random.uniform(size, minval=-1.0)
     matrix = functools.reduce(jnp.matmul, [_rotation(axis, angle) for axis, angle in enumerate(angles)]) / factor
-    bend = settings.elastic * min(shape) * jax.random.normal(bends, (_GRID,) * 3 + (3,))
+    size_mm = jnp.asarray(spacing)
+    matrix = matrix * size_mm / size_mm[:, None]
+    shortest = min(side * mm for side, mm in zip(shape, spacing, strict=True))
+    bend = settings.elastic * shortest * jax.random.normal(bends, (_GRID,) * 3 + (3,)) / size_mm
     return Change(flip, matrix, bend)
 
 
@@ -80,16 +86,17 @@ def _between_knots(knots: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.moveaxis(field, -1, 0)
 
 
-def augment(keys: jax.Array, volumes: jax.Array, settings: ConfigDict) -> jax.Array:
+def augment(keys: jax.Array, volumes: jax.Array, settings: ConfigDict, spacing: tuple[float, ...]) -> jax.Array:
     """Changes each volume in its own way.
 
     Args:
         keys: random keys `[B]`.
         volumes: float32 `[B, D, H, W, 1]` in [-1, 1], background -1.
         settings: see `draw_change`.
+        spacing: likewise.
     """
 
     def one(key, volume):
-        return apply_change(volume[..., 0], draw_change(key, settings, volume.shape[:3]))[..., None]
+        return apply_change(volume[..., 0], draw_change(key, settings, volume.shape[:3], spacing))[..., None]
 
     return jax.vmap(one)(keys, volumes)

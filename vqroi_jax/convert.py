@@ -305,7 +305,7 @@ def _save(workdir: str | Path, run: _Run, file: str, digest: str, begin: Callabl
 
 
 def _sha256(file: str) -> str:
-    with open(file, 'rb') as stream:
+    with open(Path(file).expanduser(), 'rb') as stream:
         return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 

@@ -64,15 +64,18 @@ def _with(config: ConfigDict, **paths: Path) -> ConfigDict:
 
 
 def reconstruction_table(figures: Mapping[str, float | None]) -> str:
-    """The validation's figures as lines of text: all held-out patients, then class by class; 'nan' for None."""
+    """The validation's figures, if there are any, as text: all held-out patients, then by class; 'nan' for None."""
+    if not figures:
+        return 'No phantoms are held out, so none is reconstructed.'
     finite = {name: math.nan if value is None else value for name, value in figures.items()}
-    columns = (
+    columns = [
         ('psnr', 'PSNR, dB'),
         ('psnr_box', 'in the box'),
         ('ssim', 'SSIM'),
         ('l1', 'L1'),
         ('accuracy', 'class right'),
-    )
+    ]
+    columns = [(name, title) for name, title in columns if f'val/{name}' in figures]  # of small ROIs there is no SSIM
     labels = sorted(name.split('/')[2] for name in figures if name.startswith('val/psnr/'))
     lines = ['', 'Reconstructions of held-out phantoms', f'{"":8}' + ''.join(f'{title:>13}' for _, title in columns)]
     for label in ('', *labels):

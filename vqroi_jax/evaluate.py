@@ -18,13 +18,14 @@ from vqroi_jax.errors import InputError, check_fields
 from vqroi_jax.figures_of_merit import GROUPS, METRICS, SEEN_BY_VGG16, measure
 from vqroi_jax.merit.evaluation import Evaluation
 from vqroi_jax.models import inception, perceptual
+from vqroi_jax.stopping import sigterm_interrupts
 from vqroi_jax.templates import number
 from vqroi_jax.viewer import Viewer
 from vqroi_jax.workdir import open_workdir, write_atomically
 
 METRICS_FILE = 'metrics.json'
 REPORT_FILE = 'report.html'
-FORMAT = 3  # counts up with each change of what is measured or of how it is laid out
+FORMAT = 4  # counts up with each change of what is measured or of how it is laid out
 
 _SHOWN = 6  # ROIs of each class in a picture
 _TURNED = 4  # of each in the viewer
@@ -33,7 +34,8 @@ _TURNED = 4  # of each in the viewer
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/evaluate.py`."""
     with open_workdir(workdir, config) as folder:
-        evaluate(config, folder)
+        with sigterm_interrupts():
+            evaluate(config, folder)
         print(summary(json.loads((folder / METRICS_FILE).read_text(encoding='utf-8'))))
         print(f'Open {folder / REPORT_FILE}')
 

@@ -97,7 +97,7 @@ def plane_features(volumes: np.ndarray, plane: str, slices: int, keep_empty: boo
 
 
 def places(volume: np.ndarray, axis: int, slices: int, keep_empty: bool) -> np.ndarray:
-    """Where evenly spaced slices of a volume lie.
+    """Where evenly spaced slices of a volume lie: of a mirrored volume the same, if they or the voxels are even.
 
     Args:
         volume: [D, H, W], background -1.
@@ -111,4 +111,6 @@ def places(volume: np.ndarray, axis: int, slices: int, keep_empty: bool) -> np.n
     occupied = np.flatnonzero(np.any(volume > -1, axis=tuple(a for a in range(3) if a != axis)))
     whole = keep_empty or not occupied.size
     first, last = (0, volume.shape[axis] - 1) if whole else (occupied[0], occupied[-1])
-    return first + ((np.arange(slices) + 0.5) * (last - first + 1) / slices).astype(int)
+    middles = (np.arange(slices) + 0.5) * (last - first + 1) / slices - 0.5
+    # Halves are rounded towards the middle from either end.
+    return first + np.where(middles < (last - first) / 2, np.floor(middles + 0.5), np.ceil(middles - 0.5)).astype(int)

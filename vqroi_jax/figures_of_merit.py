@@ -12,7 +12,7 @@ from vqroi_jax import progress
 from vqroi_jax.data.roi_sets import FULL, RoiSet
 from vqroi_jax.errors import InputError
 from vqroi_jax.merit import networks, privacy, reconstruction, voxels
-from vqroi_jax.merit.evaluation import Evaluation
+from vqroi_jax.merit.evaluation import Evaluation, halves
 from vqroi_jax.models import perceptual
 
 GROUPS = {
@@ -71,6 +71,13 @@ def _check_sets(evaluation: Evaluation) -> None:
                     f'config.{name}={part.path} has {count} ROI{"s" * (count != 1)} of class {label}; at least {least} '
                     'are needed' + (', as they are split in two' if name == 'real' and halved else '')
                 )
+    if halved:
+        for number, label in enumerate(evaluation.real.classes):
+            if min(map(len, halves(evaluation.real.of(number), evaluation.real.patients))) < 2:
+                raise InputError(
+                    f'config.real={evaluation.real.path} has too few patients of class {label}: its ROIs are split in '
+                    'two halves of at least 2, no patient in both'
+                )
     constant = [i for i, volume in zip(evaluation.real.ids, evaluation.real.volumes, strict=True) if volume.max() <= -1]
     if constant:
         raise InputError(f'config.real={evaluation.real.path}: {constant[0]} is empty: it has no tumour')
@@ -83,8 +90,8 @@ def _check_sets(evaluation: Evaluation) -> None:
     if halved and not evaluation.has_held_out:
         evaluation.notes.append(
             'Not of every class some real ROIs are known as learnt from and some as held out: the nearest neighbour of '
-            'a real ROI is looked for among all others, and the classifier is trained on one half and tried on the '
-            'other.'
+            'a real ROI is looked for among all others, and the classifier is tried on one half, and trained on '
+            'those of other patients.'
         )
 
 

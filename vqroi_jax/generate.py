@@ -263,25 +263,22 @@ class _Store:
                     f'config.number={config.number}: {folder} has samples with names of another length ({name}); name '
                     'another --workdir'
                 )
+            self._check_alike(row, self._row(row['class'], int(row['index'])))
         self.empty = 0  # samples added that have no tumour
 
     def has(self, label: str, index: int) -> bool:
-        """Whether a sample is listed and there.
-
-        Raises:
-            InputError: it is listed, but with other settings or another model than now.
-        """
+        """Whether a sample is listed and there."""
         now = self._row(label, index)
-        there = self._manifest.rows.get(now[samples.KEY])
-        if there is None:
-            return False
+        return now[samples.KEY] in self._manifest.rows and all(path.exists() for path in self._paths(now))
+
+    def _check_alike(self, there: Mapping[str, str], now: Mapping[str, str]) -> None:
+        """Refuses a sample that is listed with other settings or another model than now."""
         differences = [f'{name} {there[name]!r} there, {now[name]!r} now' for name in now if there[name] != now[name]]
         if differences:
             raise InputError(
                 f'{self._folder / samples.MANIFEST_FILE} lists {now[samples.KEY]} with {"; ".join(differences)}: '
                 'samples of two kinds are not mixed; name another --workdir'
             )
-        return all(path.exists() for path in self._paths(now))
 
     def bytes_needed(self, number: int) -> int:
         """The disk space that so many more samples will take, roughly."""

@@ -136,7 +136,7 @@ def parse_arguments(argv: list[str]) -> tuple[ConfigDict, str, str] | None:
         raise InputError(f'{values.config}: task {config.get("task")!r} is none of {", ".join(TASKS)}')
     if not values.workdir:
         raise InputError('no --workdir given; name the folder to write to, for instance --workdir=runs/first')
-    return config, values.workdir, values.hosts
+    return config, str(Path(values.workdir).expanduser()), values.hosts
 
 
 def load_config(path: str) -> ConfigDict:

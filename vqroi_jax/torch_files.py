@@ -130,7 +130,8 @@ def pytorch(purpose: str) -> Any:
 
 def _load(path: str | Path) -> tuple[Any, Any]:
     """PyTorch, and what it reads of a file."""
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise InputError(f'there is no weights file {path}')
     torch = pytorch(f'read {path}')
     refusal = f'{path} is not a file of tensors that PyTorch has saved'

@@ -26,6 +26,7 @@ from vqroi_jax.errors import InputError, fields_of
 from vqroi_jax.experiment import Part, Rois, check_disjoint, counted, generators, plan, provenance, tested_rois
 from vqroi_jax.metrics import classification
 from vqroi_jax.models import resnet3d
+from vqroi_jax.stopping import sigterm_interrupts
 from vqroi_jax.training import classifier, loop, optimizers, partitioning
 from vqroi_jax.training.checkpoints import CHECKPOINTS_FOLDER, read_checkpoint
 from vqroi_jax.training.durations import to_steps
@@ -34,7 +35,7 @@ from vqroi_jax.workdir import is_primary, open_workdir, write_atomically
 METRICS_FILE = 'metrics.json'
 REPORT_FILE = 'report.html'
 RESULT_FILE = 'result.json'  # of a part
-SETS_FILE = 'sets.json'  # which ROIs the parts were begun with
+INPUTS_FILE = 'sets.json'  # which ROIs and weights the parts were begun with
 FORMAT = 1
 STAGES = ('pretrain', 'finetune')
 EVALUATED = ('val/loss', 'val/accuracy')
@@ -42,11 +43,11 @@ EVALUATED = ('val/loss', 'val/accuracy')
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs `--config=configs/classifier.py`."""
-    with open_workdir(workdir, config) as folder:
+    with open_workdir(workdir, config) as folder, sigterm_interrupts():
         mesh = check_settings(config)
         arms = [config.baseline, *(name for name in config.arms if name != config.baseline)]
         starts = {name: read_start(config, name) for name in arms}
-        with open_sets(config.real, config.fake or config.real, config, folder) as sets:
+        with open_sets(config.real, config.fake or config.real, config, folder, some=True) as sets:
             test = tested_rois(sets)
             parts = {(name, number): plan(config, name, number, sets) for name in arms for number in range(config.runs)}
             for (name, _), run_parts in parts.items():
@@ -58,7 +59,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                         )
             origin = provenance(test, parts.values())
             if is_primary():
-                keep_sets(sets, folder)
+                keep_inputs(config, sets, starts, folder)
                 if origin:
                     print(origin)
             results: dict[str, list[dict]] = {name: [] for name in arms}
@@ -76,22 +77,27 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                 leave(found, folder)
 
 
-def keep_sets(sets: tuple[RoiSet, RoiSet], folder: Path) -> None:
-    """Records which ROIs an experiment begins with, or compares with those that it was begun with.
+def keep_inputs(
+    config: ConfigDict, sets: tuple[RoiSet, RoiSet], starts: Mapping[str, transfer.Weights | None], folder: Path
+) -> None:
+    """Records which ROIs and weights an experiment begins with, or compares with those that it was begun with.
 
     Raises:
-        InputError: a set has changed since then; parts that are done would be mixed with others.
+        InputError: something has changed since then; parts that are done would be mixed with others.
     """
-    path, now = folder / SETS_FILE, {name: part.sha256 for name, part in zip(('real', 'fake'), sets, strict=True)}
+    path, (real, fake) = folder / INPUTS_FILE, sets
+    now, given = {'real': real.sha256, 'fake': fake.sha256}, {'real': real.path, 'fake': fake.path}
+    now |= {f'arms.{name}.weights': start.sha256 for name, start in starts.items() if start}
+    given |= {f'arms.{name}.weights': config.arms[name].weights for name in starts}
     if not path.exists():
         write_atomically(path, json.dumps(now, indent=1) + '\n')
         return
     there = json.loads(path.read_text(encoding='utf-8'))
-    for (name, sha256), part in zip(now.items(), sets, strict=True):
-        if there[name] != sha256:
+    for name, sha256 in now.items():
+        if name in there and there[name] != sha256:  # an experiment of old has recorded no weights
             raise InputError(
-                f'config.{name}={part.path} has changed since the experiment in {folder} was begun: other ROIs, '
-                'classes or splits; bring back what it was, or name another --workdir'
+                f'config.{name}={given[name]} has changed since the experiment in {folder} was begun: other ROIs, '
+                'classes, splits or weights; bring back what it was, or name another --workdir'
             )
 
 
@@ -257,6 +263,7 @@ def train_stage(
         alpha=tuple((counts.sum() / (classes * counts)).tolist()),
         gamma=config.gamma,
         augment=config.augment if arm.augment else None,
+        spacing=part.train.sets[0].spacing,
         seed=seed,
         frozen=arm.frozen,
     )

@@ -181,7 +181,7 @@ def make_evaluation(
             'right': right.sum(axis=1),
             'corrupted': example.corrupted.sum(axis=1),
         }
-        return {name: jnp.einsum('b,bc->c', values.astype(jnp.float32), member) for name, values in of_sample.items()}
+        return {name: jnp.sum(values[:, None] * member, axis=0) for name, values in of_sample.items()}
 
     sums = jax.jit(partitioning.traced_on(mesh, sums), out_shardings=partitioning.replicated(mesh))
     batch_size = partitioning.even_rows(recipe.settings.eval_batch_size, mesh)

@@ -133,11 +133,14 @@ class Seen(NamedTuple):
     logits: jax.Array  # float32 [B, classes]
 
 
-def make_look(recipe: vqgan.Recipe, mesh: Mesh) -> Callable[[dict, jax.Array], Seen]:
-    """The jitted forward pass that validation and figures share: (variables, global volumes) to `Seen`, by rows."""
+def make_look(recipe: vqgan.Recipe, mesh: Mesh) -> Callable[[dict, jax.Array, jax.Array], Seen]:
+    """The jitted forward pass that validation and figures share: to `Seen`, by rows.
 
-    def look(variables: dict, volume: jax.Array) -> Seen:
-        trunk = recipe.model.apply(variables, volume, jnp.asarray(True), method='trunk')
+    It is of variables, global volumes, and whether there is a codebook yet (bool scalar) that quantises.
+    """
+
+    def look(variables: dict, volume: jax.Array, quantise: jax.Array) -> Seen:
+        trunk = recipe.model.apply(variables, volume, quantise, method='trunk')
         reconstruction = recipe.model.apply(variables, trunk.features, method='head')
         return Seen(reconstruction, trunk.tokens, trunk.scores, trunk.logits)
 
@@ -161,13 +164,16 @@ def evaluated_names(cohort: pipeline.PreparedCohort) -> tuple[str, ...]:
 
 
 def make_evaluation(
-    recipe: vqgan.Recipe, look: Callable[[dict, jax.Array], Seen], cohort: pipeline.PreparedCohort, mesh: Mesh
+    recipe: vqgan.Recipe,
+    look: Callable[[dict, jax.Array, jax.Array], Seen],
+    cohort: pipeline.PreparedCohort,
+    mesh: Mesh,
 ) -> Callable[[vqgan.VQGANState], dict[str, float]]:
     """A function that measures the reconstructions of all held-out patients.
 
     The figures are means over patients, in all and by class (`val/psnr/HGG`): `l1`, `psnr` over the whole ROI (peak 2),
     `psnr_box` over the tumour's box, `ssim` where a side holds its window, and the auxiliary classifier's `accuracy`;
-    and over all tokens `perplexity` and `live_codes` (share of the codes that occur).
+    and over all tokens `perplexity` and `live_codes` (share of the codes that occur). In the warm-up there are none.
     """
     source, classes = cohort.split('val'), len(cohort.classes)
     batch_size = partitioning.even_rows(recipe.settings.eval_batch_size, mesh)
@@ -183,16 +189,18 @@ def make_evaluation(
         }
         member = jax.nn.one_hot(batch['label'], classes) * weight[:, None]  # [B, classes]
         tokens = jax.nn.one_hot(seen.tokens, recipe.model.codes) * weight[:, None, None, None, None]
-        by_class = {name: jnp.einsum('b,bc->c', of_sample[name](), member) for name in measured(cohort.roi_size)}
+        by_class = {name: jnp.sum(of_sample[name]()[:, None] * member, axis=0) for name in measured(cohort.roi_size)}
         return by_class, member.sum(axis=0), tokens.sum(axis=(0, 1, 2, 3))
 
     sums = jax.jit(sums, out_shardings=partitioning.replicated(mesh))
 
     def evaluate(state: vqgan.VQGANState) -> dict[str, float]:
+        if state.step <= recipe.warmup_steps:
+            return {}
         variables, parts = vqgan.evaluation_variables(state), []
         for rows in pipeline.eval_batches(source, batch_size, **partitioning.this_process(mesh)):
             batch = partitioning.put_batch(rows, mesh)
-            parts.append(jax.device_get(sums(look(variables, batch['volume']), batch)))
+            parts.append(jax.device_get(sums(look(variables, batch['volume'], jnp.asarray(True)), batch)))
         by_class, patients, tokens = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
         figures = {f'val/{name}': float(values.sum() / patients.sum()) for name, values in by_class.items()}
         for number in np.flatnonzero(patients):
@@ -207,7 +215,7 @@ def make_evaluation(
 
 def make_figures(
     recipe: vqgan.Recipe,
-    look: Callable[[dict, jax.Array], Seen],
+    look: Callable[[dict, jax.Array, jax.Array], Seen],
     cohort: pipeline.PreparedCohort,
     split: str,
     mesh: Mesh,
@@ -225,7 +233,8 @@ def make_figures(
     batches = [partitioning.put_batch({'volume': padded[i : i + rows][mine]}, mesh)['volume'] for i in first]
 
     def figures(state: vqgan.VQGANState) -> dict[str, Figure]:
-        seen = [partitioning.gather(look(vqgan.evaluation_variables(state), volume)) for volume in batches]
+        variables, quantise = vqgan.evaluation_variables(state), state.step > recipe.warmup_steps
+        seen = [partitioning.gather(look(variables, volume, quantise)) for volume in batches]
         fakes, scores = (
             np.concatenate([getattr(one, name) for one in seen])[: len(shown)] for name in ('reconstruction', 'scores')
         )

@@ -108,7 +108,7 @@ def load_vqgan(workdir: str | Path, checkpoint: str = 'latest') -> TrainedVQGAN:
 
 
 def check_finished(vqgan: TrainedVQGAN, checkpoint: str, training_rois: int | None) -> None:
-    """Refuses a run of stage 1 that has not come to its end, unless one of its steps was asked for by number.
+    """Refuses a run of stage 1 that has not come to its end, unless a step after its warm-up was asked for by number.
 
     Args:
         vqgan: the run.
@@ -119,6 +119,14 @@ def check_finished(vqgan: TrainedVQGAN, checkpoint: str, training_rois: int | No
         InputError: it is not finished, or whether it is cannot be told.
     """
     if checkpoint.isdigit():
+        warmup = vqgan.config.codebook.warmup
+        if training_rois is not None or 'step' in warmup:
+            epoch = (training_rois or 1) / vqgan.config.batch_size
+            if vqgan.step <= to_steps(warmup, epoch, f'{vqgan.workdir / CONFIG_FILE}: codebook.warmup', 0):
+                raise InputError(
+                    f'step {vqgan.step} of stage 1 in {vqgan.workdir} belongs to its warm-up ({warmup}), which has no '
+                    'codebook yet; take a later one'
+                )
         return
     duration, last = vqgan.config.training.duration, saved_steps(vqgan.workdir)[-1]
     as_it_is = f'take it as it is with --config.vqgan_checkpoint={last}'

@@ -6,6 +6,8 @@ The head is never taken over.
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,6 +50,17 @@ class Weights:
     patients: frozenset[str]
     generators: frozenset[str] | None
     fact: str
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of all of it but the fact."""
+        digest = hashlib.sha256()
+        for name, array in sorted(flatten_dict({'params': self.params, 'statistics': self.statistics}).items()):
+            digest.update(f'{name}'.encode())
+            digest.update(np.ascontiguousarray(array).data)
+        known = [None if group is None else sorted(group) for group in (self.patients, self.generators)]
+        digest.update(json.dumps(known).encode())
+        return digest.hexdigest()
 
 
 def read(path: str, model: ResNet3D) -> Weights:

@@ -444,6 +444,13 @@ def full_box(value):
     return damage
 
 
+def two_lesions(scan, brain, mask, write_scan, data):
+    data.roi_size, data.oversize = (4, 4, 4), 'crop'
+    mask = np.zeros_like(mask)
+    mask[2:4, 8:12, 8:12] = mask[16:18, 8:12, 8:12] = 1
+    return write_scan(brain, mask)
+
+
 def with_label(value, dtype):
     def change(mask):
         mask = mask.astype(dtype)
@@ -485,7 +492,8 @@ FAULTS = [
         'image',
         'every voxel .* not a number',
     ),
-    (rewrite(image=lambda brain: -brain), 'image', 'constant'),  # all below the background
+    (rewrite(image=lambda brain: -brain), 'image', 'the whole tumour is at or below the background, 0, and would'),
+    (two_lesions, 'mask', r'no voxel of the tumour lies in the box of 4 x 4 x 4 voxels around its middle'),
     (full_box(300), 'image', 'constant: every voxel in its box is 300'),
 ]
 

@@ -68,6 +68,17 @@ def test_dense_and_its_gradients_are_numpys(dtype, tolerance, features):
     assert of_params['kernel'].dtype == of_x.dtype == jnp.float32
 
 
+@pytest.mark.parametrize('by_output', [False, True])
+def test_sums_of_bfloat16_may_keep_their_digits(by_output):
+    layer = Dense(7, jnp.bfloat16, use_bias=False, by_output=by_output, output_dtype=jnp.float32)
+    x = VOLUME.astype(jnp.bfloat16)
+    result, variables = layer.init_with_output(KEY, x)
+    kernel = variables['params']['kernel'].astype(jnp.bfloat16)
+    expected = np.asarray(x, np.float64) @ np.asarray(kernel.T if by_output else kernel, np.float64)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_kernels_gradient_on_a_cpu_reads_its_input_by_rows():
     """By columns, XLA's product takes a fourth longer; turned over with what the input is made of, ten times."""
     layer, x = Dense(32), jnp.ones((64, 16))

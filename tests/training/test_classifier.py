@@ -26,6 +26,7 @@ def recipe(rate=1e-2, augment=None, frozen=False, **changes):
         alpha=(0.7, 1.3),
         gamma=2.0,
         augment=augment,
+        spacing=(1.0, 1.0, 1.0),
         seed=0,
         frozen=frozen,
     )

@@ -62,25 +62,26 @@ def test_nothing_moves_where_it_must_not():
     broken = jax.tree.map(lambda g: g * jnp.nan, draw(2))
     after = optimizers.step(optimizer, broken, params, state, RATE, jnp.asarray(False))
     assert_trees_equal(after, (params, state))
-    assert_trees_equal(optimizers.moving_average(broken, params, 0.9, jnp.asarray(False)), params)
+    assert_trees_equal(optimizers.moving_average(broken, params, 0.9, 500, jnp.asarray(False)), params)
 
 
 def test_the_moving_average_is_its_formula():
     params, average = draw(0), draw(1)
-    moved = optimizers.moving_average(params, average, 0.9, jnp.asarray(True))
-    assert_trees_close(moved, jax.tree.map(lambda p, a: 0.1 * p + 0.9 * a, params, average))
-    assert optimizers.moving_average(params, None, 0.9, jnp.asarray(True)) is None
+    for step, kept in ((0, 0.1), (10, 11 / 20), (80, 0.9), (500, 0.9)):
+        moved = optimizers.moving_average(params, average, 0.9, jnp.asarray(step), jnp.asarray(True))
+        assert_trees_close(moved, jax.tree.map(lambda p, a, kept=kept: (1 - kept) * p + kept * a, params, average))
+    assert optimizers.moving_average(params, None, 0.9, jnp.asarray(0), jnp.asarray(True)) is None
 
 
 def test_a_step_in_place_needs_no_second_copy_of_the_state():
     """Two moments and the parameters are computed of each other's old values, which XLA may not overwrite too early."""
     optimizer, params = make(), draw(0, width=512)
 
-    def step(gradient, params, state, average, moving):
+    def step(gradient, params, state, average, number, moving):
         norm = optax.tree.norm(gradient)
         params, state = optimizers.step(optimizer, gradient, params, state, RATE, moving)
-        return params, state, optimizers.moving_average(params, average, 0.9, moving), norm
+        return params, state, optimizers.moving_average(params, average, 0.9, number, moving), norm
 
-    arrays = params, params, optimizer.init(params), params, jnp.asarray(True)
+    arrays = params, params, optimizer.init(params), params, jnp.asarray(7), jnp.asarray(True)
     compiled = jax.jit(step, donate_argnums=(1, 2, 3)).lower(*arrays).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < params['kernel'].nbytes / 10

@@ -91,6 +91,7 @@ def classifying():
         alpha=(1.0, 1.0),
         gamma=settings.gamma,
         augment=settings.augment,
+        spacing=(1.0, 1.0, 1.0),
         seed=0,
     )
     volume = shape(4, 16, 16, 16, 1, dtype=jnp.float32)

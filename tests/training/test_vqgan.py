@@ -1,5 +1,6 @@
 """The fast step of stage 1 against a plain one, on one device and on eight."""
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -184,6 +185,22 @@ def test_saving_memory_changes_no_gradient(change):
     # By their places codes that are dead begin anew.
     np.testing.assert_allclose(actual.normalised, expected.normalised, atol=1e-5)
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
+
+
+def test_dead_codes_begin_anew_after_a_period_and_not_when_it_is_late():
+    changes = {'training.duration': '14 steps', 'codebook.warmup': '2 steps', 'codebook.restart_every': '3 steps'}
+    recipe = vqgan.make_recipe(tiny_config(**changes, **{'codebook.dead_below': 1e9}), classes=2, steps_per_epoch=10)
+    _, state, _, _ = default_start()
+    vectors = jax.random.normal(jax.random.key(3), (2, 2, 2, 2, recipe.model.code_features))
+    vectors /= jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+    tokens, due = jnp.zeros(vectors.shape[:-1], jnp.int32), []
+    update = jax.jit(lambda state: vqgan._update_codebook(recipe, state, vectors, tokens)[0]['codes'])
+    for step in range(14):
+        codes = update(dataclasses.replace(state, step=jnp.asarray(step)))
+        apart = 1 - codes @ vectors.reshape(-1, vectors.shape[-1]).T
+        if float(apart.min(axis=1).max()) < 1e-5:  # every code is one of the vectors
+            due.append(step)
+    assert due == [5, 8, 11]
 
 
 def assert_states_close(actual, expected, rate):
@@ -385,7 +402,8 @@ def test_nothing_is_quantised_or_moved_before_the_warm_up_is_over():
         state, metrics = step(state, batch)
         assert (metrics['commitment'] == 0) == (number < 2)
         assert (metrics['adversarial_weight'] == 0) == (number < 3)
-        expected = jax.tree.map(lambda old, new: 0.5 * (old + new), previous[1], state.params)
+        kept = min(0.5, (1 + number) / (10 + number))
+        expected = jax.tree.map(lambda a, p, kept=kept: kept * a + (1 - kept) * p, previous[1], state.params)
         assert_trees_close(state.average, expected, 1e-6)
     moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), state.discriminator, before.discriminator)
     assert max(jax.tree.leaves(moved)) > 0

@@ -287,8 +287,19 @@ def read_roi(scan: Scan, data: ml_collections.ConfigDict) -> Roi:
     dtype = np.dtype(np.float32 if exact else np.float64)
     values = np.where(finite, values.astype(dtype) - background, 0)  # of the tumour's voxels in the box
     high = float(values.max(initial=0))
+    if not values.size:
+        raise PatientError(
+            scan.id,
+            scan.mask,
+            f'no voxel of the tumour lies in the box of {_times(size)} voxels around its middle; give a larger '
+            'data.roi_size',
+        )
     if not finite.any():
         raise PatientError(scan.id, scan.image, 'every voxel of the tumour is not a number (NaN) or infinite')
+    if high == 0 and values.min() < 0:
+        raise PatientError(
+            scan.id, scan.image, f'the whole tumour is at or below the background, {background:g}, and would be empty'
+        )
     if high == 0 or (inside.all() and values.min() == high):
         value = high + background
         raise PatientError(scan.id, scan.image, f'the ROI is constant: every voxel in its box is {value:g}')

@@ -11,11 +11,13 @@ import functools
 import hashlib
 import math
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from scipy import ndimage
@@ -33,6 +35,7 @@ INTENSITIES = ('as_is', 'each')
 GRIDS = ('same', 'resample')
 FULL = 0.95  # of the box: a tumour that fills more is hardly one
 
+_SCRATCH = '.volumes-'  # begins the name of the folder that they lie in
 _SPACING_TOLERANCE = 0.01  # relative
 _ROUNDING = 1e-6  # of the intensities' range
 _BACKGROUND_TOLERANCE = 0.01  # of the intensities' range, that a background may be off
@@ -107,7 +110,9 @@ class RoiSet:
 
 
 @contextlib.contextmanager
-def open_sets(real: str, fake: str, settings: ConfigDict, folder: Path) -> Iterator[tuple[RoiSet, RoiSet]]:
+def open_sets(
+    real: str, fake: str, settings: ConfigDict, folder: Path, some: bool = False
+) -> Iterator[tuple[RoiSet, RoiSet]]:
     """Reads two sets and makes sure that they can be compared.
 
     Args:
@@ -115,6 +120,7 @@ def open_sets(real: str, fake: str, settings: ConfigDict, folder: Path) -> Itera
         fake: path of the other.
         settings: `classes` (names of those to compare; empty: all), `intensity` and `grid`: see configs/evaluate.py.
         folder: an existing one, for the file that the volumes are kept in; it is gone at the end.
+        some: whether the second may lack classes of the first.
 
     Yields:
         The two, of the same classes in the same order, on the same grid.
@@ -127,19 +133,24 @@ def open_sets(real: str, fake: str, settings: ConfigDict, folder: Path) -> Itera
         if value not in known:
             raise InputError(f'config.{field}={value!r} is none of {", ".join(known)}')
     sources = {name: _open(name, path) for name, path in (('real', real), ('fake', fake))}
-    classes = _common_classes(sources, tuple(settings.classes))
+    classes = _common_classes(sources, tuple(settings.classes), some)
     for source in sources.values():
         source.keep(classes)
     grid = sources['real'].grid
     if settings.grid == 'same':
         _check_grids(sources, grid)
+    if not jax.distributed.is_initialized():  # of a process that was killed
+        for left in folder.glob(f'{_SCRATCH}*'):
+            shutil.rmtree(left, ignore_errors=True)
+    if fake == real:
+        del sources['fake']
     voxels = sum(len(source.ids) for source in sources.values()) * math.prod(grid[0])
     require_space(folder, voxels * 4, 'comparing the volumes')
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.volumes-') as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_SCRATCH) as scratch:
         raw = {name: _Raw.read(name, source, grid, Path(scratch)) for name, source in sources.items()}
         scales = _scales(raw, sources, settings.intensity)
         finished = {name: _finish(name, sources[name], raw[name], scales[name], classes, grid[1]) for name in sources}
-        yield finished['real'], finished['fake']
+        yield finished['real'], finished.get('fake', finished['real'])
 
 
 @dataclasses.dataclass
@@ -247,7 +258,8 @@ def _open_files(name: str, path: str, folder: Path) -> _Source:
         )
         facts = ('synthetic ROIs with a manifest', *facts)
     else:
-        files = sorted(file.relative_to(folder) for file in folder.rglob('*') if _NIFTI.search(file.name))
+        there = (file.relative_to(folder) for file in folder.rglob('*') if _NIFTI.search(file.name))
+        files = sorted(file for file in there if not any(part.startswith('.') for part in file.parts))
         if not files:
             raise InputError(
                 f'config.{name}={path} has no {samples.MANIFEST_FILE} and no NIfTI file (.nii or .nii.gz), and is no '
@@ -262,12 +274,12 @@ def _open_files(name: str, path: str, folder: Path) -> _Source:
     return _Source(path, ids, labels, places, _read_file, facts, learnt_from=learnt.train if learnt else None)
 
 
-def _common_classes(sources: dict[str, _Source], asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes to compare."""
+def _common_classes(sources: dict[str, _Source], asked: tuple[str, ...], some: bool) -> tuple[str, ...]:
+    """The classes to compare; `some`: that the first alone must have."""
     there = {name: in_order(set(source.labels)) for name, source in sources.items()}
     wanted = asked or in_order(set(there['real']) | set(there['fake']))
     for name, labels in there.items():
-        missing = [label for label in wanted if label not in labels]
+        missing = [label for label in wanted if label not in labels and not (some and name == 'fake')]
         if missing:
             raise InputError(
                 f'config.{name}={sources[name].path} has no ROI of class {", ".join(missing)}, only of '

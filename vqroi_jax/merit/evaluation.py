@@ -93,10 +93,17 @@ class Evaluation:
         parts = []
         for number, label in enumerate(self.real.classes):
             rng = self.rng(f'halves {label}')
-            real, fake = rng.permutation(self.real.of(number)), rng.permutation(self.fake.of(number))
-            n = min(len(real) // 2, len(fake))
-            parts.append(Sides(label, *(np.sort(rows) for rows in (real[:n], real[n : 2 * n], fake[:n]))))
+            one, other = halves(rng.permutation(self.real.of(number)), self.real.patients)
+            fake = rng.permutation(self.fake.of(number))
+            n = min(len(one), len(other), len(fake))
+            parts.append(Sides(label, *(np.sort(rows[:n]) for rows in (one, other, fake))))
         return parts
+
+    @functools.cached_property
+    def apart(self) -> np.ndarray:
+        """Real rows of patients of whom none is among the other halves."""
+        other = {self.real.patients[row] for sides in self.sides for row in sides.other}
+        return np.flatnonzero([patient not in other for patient in self.real.patients])
 
     @functools.cached_property
     def learnt(self) -> np.ndarray:
@@ -161,10 +168,17 @@ class Evaluation:
 
     @functools.cached_property
     def told(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Logits and features of the real and the synthetic ROIs, by a classifier trained on real ones alone."""
-        classes = len(self.real.classes)
-        rows = self.training if self.has_held_out else np.concatenate([part.one for part in self.sides])
-        settings = self.config.classifier
+        """What a classifier says that learnt from what the generator has learnt from; see `told_by`."""
+        return self.told_by(self.training) if self.has_held_out else self.told_apart
+
+    @functools.cached_property
+    def told_apart(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """What one says to which the other halves are as new as the synthetic ROIs; see `told_by`."""
+        return self.told_by(self.apart)
+
+    def told_by(self, rows: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Logits and features of the real and the synthetic ROIs, by a classifier trained on these real ones."""
+        classes, settings = len(self.real.classes), self.config.classifier
         volumes, labels = self.real.volumes[rows], self.real.labels[rows]
         params = class_agreement.train(volumes, labels, classes, self.config.seed, settings.epochs)
         return tuple(class_agreement.tell(params, part.volumes, classes) for part in (self.real, self.fake))
@@ -221,11 +235,31 @@ class Evaluation:
         """A statistic of some rows, and 1.96 times its standard deviation when each set of them is drawn anew.
 
         Draws that it does not exist for, such as one row over and over where pairs are wanted, are left out; where
-        fewer than two are left, or one is infinite, the deviation is NaN.
+        those that are left tell nothing (fewer than two, all the same, one infinite), the deviation is NaN.
         """
         rng = self.rng(purpose)
         repeats = self.config.bootstrap if repeats is None else repeats
         drawn = [float(statistic(*(rng.choice(part, len(part)) for part in rows))) for _ in range(repeats)]
         kept = [value for value in drawn if not math.isnan(value)]
-        known = len(kept) > 1 and np.isfinite(kept).all()
+        alike = len(kept) < len(drawn) and len(set(kept)) == 1
+        known = len(kept) > 1 and np.isfinite(kept).all() and not alike
         return float(statistic(*rows)), 1.96 * float(np.std(kept)) if known else math.nan
+
+
+def halves(rows: np.ndarray, patients: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Two halves of ROIs, no patient in both.
+
+    Args:
+        rows: of the ROIs, in random order.
+        patients: of all ROIs, by row.
+
+    Returns:
+        What is nearest to halves where patients have several ROIs; the first is not the larger where all have one.
+    """
+    by_patient: dict[str, list[int]] = {}
+    for row in rows:
+        by_patient.setdefault(patients[row], []).append(row)
+    ordered = np.array([row for group in by_patient.values() for row in group], int)
+    ends = np.cumsum([0, *map(len, by_patient.values())])
+    cut = ends[np.argmax(np.minimum(ends, len(rows) - ends))]
+    return ordered[:cut], ordered[cut:]

@@ -28,8 +28,8 @@ def measure_frechet(evaluation: Evaluation) -> None:
         seen = evaluation.seen_by(features.inception_v3(evaluation.config.inception))
         _measure_planes(evaluation, BY_INCEPTION, "FID's Inception-v3", seen)
     if len(evaluation.real.classes) > 1:
-        real, fake = (of_classifier[:, None] for _, of_classifier in evaluation.told)
-        text = f'features of a 3D classifier trained on {evaluation.reference}s'
+        real, fake = (of_classifier[:, None] for _, of_classifier in evaluation.told_apart)
+        text = f'features of a 3D classifier trained on {evaluation.reference}s other than those that the floor is of'
         repeats = evaluation.config.frechet_bootstrap
         for sides in evaluation.sides:
             evaluation.compare(BY_CLASSIFIER, sides, _slice_distance, real, fake, text, repeats)

@@ -140,6 +140,7 @@ class Dense(nn.Module):
         use_bias: False: no bias.
         by_output: the kernel is given as [out, in], which a CPU multiplies with a few rows in less time. For sampling
             alone: it is not split along `fsdp`, and nothing is kept for a backward pass.
+        output_dtype: of the sums; None: `dtype`.
     """
 
     features: int
@@ -148,38 +149,43 @@ class Dense(nn.Module):
     bias_init: Initializer | None = None
     use_bias: bool = True
     by_output: bool = False
+    output_dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., in] to [..., features]."""
-        x = x.astype(self.dtype)
+        x, sums = x.astype(self.dtype), self.output_dtype or self.dtype
         if self.by_output:
             kernel = self.param('kernel', self.kernel_init, (self.features, x.shape[-1]), jnp.float32)
             # The kernel as the left operand: as the right one it takes longer than [in, out], but for a single row.
-            y = jnp.moveaxis(jnp.einsum('...i,oi->o...', x, kernel.astype(self.dtype)), 0, -1)
+            product = jnp.einsum('...i,oi->o...', x, kernel.astype(self.dtype), preferred_element_type=sums)
+            y = jnp.moveaxis(product, 0, -1)
         else:
             kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), jnp.float32)
             kernel = axes.put_together(kernel.astype(self.dtype), (*self.path, 'kernel'))
-            y = checkpoint_name(_linear(x, kernel), 'linear')
+            y = checkpoint_name(_linear(x, kernel, sums), 'linear')
         if not self.use_bias:
             return y
         bias_init = self.bias_init or uniform_within(x.shape[-1])
         bias = self.param('bias', bias_init, (self.features,), jnp.float32)
-        return (y + bias).astype(self.dtype)  # in float32, as is then the sum that is the bias's gradient
+        return (y + bias).astype(sums)  # in float32, as is then the sum that is the bias's gradient
 
 
-@jax.custom_vjp
-def _linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x` [..., in] times `kernel` [in, out].
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x: jax.Array, kernel: jax.Array, sums: Dtype) -> jax.Array:
+    """`x` [..., in] times `kernel` [in, out], in the type of its sums.
 
     JAX's own rule finds the kernel's gradient as [out, in] and turns it over, and sums over several axes, batch and
     length; of either XLA:CPU makes a copy that is turned over in memory.
     """
-    return x @ kernel
+    return jnp.matmul(x, kernel, preferred_element_type=sums)
 
 
-def _linear_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _linear_backward(
+    sums: Dtype, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
+    gradient = gradient.astype(x.dtype)
     flat, upstream = (array.reshape(-1, array.shape[-1]) for array in (x, gradient))
 
     def native(flat, upstream):
@@ -208,7 +214,7 @@ def _turn_and_write(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x.T)
 
 
-_linear.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _linear_backward)
+_linear.defvjp(lambda x, kernel, sums: (_linear(x, kernel, sums), (x, kernel)), _linear_backward)
 
 
 def _convolve(layer: nn.Module, function: Callable, k: int, x: jax.Array | Deferred) -> tuple[jax.Array, jax.Array]:

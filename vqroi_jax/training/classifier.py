@@ -44,6 +44,7 @@ class Recipe:
         alpha: weights of the classes in the focal loss.
         gamma: its exponent.
         augment: block of `augmentation.draw_change`; None: ROIs as they are.
+        spacing: mm a voxel along D, H and W, for that.
         seed: of initial values and augmentation.
         frozen: whether the head alone learns.
     """
@@ -54,6 +55,7 @@ class Recipe:
     alpha: tuple[float, ...]
     gamma: float
     augment: ConfigDict | None
+    spacing: tuple[float, ...]
     seed: int
     frozen: bool = False
 
@@ -122,7 +124,7 @@ def make_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[ClassifierState, Ba
         if recipe.augment is not None:
             key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(label)))
-            volume = augmentation.augment(keys, volume, recipe.augment)
+            volume = augmentation.augment(keys, volume, recipe.augment, recipe.spacing)
         learning = recipe.learning(state.params)
         gradient, (statistics, metrics) = jax.grad(loss_and_metrics, argnums=1, has_aux=True)(
             recipe, learning, state.params, state.statistics, volume, label

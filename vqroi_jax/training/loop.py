@@ -58,7 +58,7 @@ class TrainingTask:
             `batch['index']`).
         put_batch: from this process's batch to the global batch on the devices.
         evaluate: from a state to metrics on held-out data, named like 'val/l1', or like 'val/l1/HGG' where they are
-            of a part and progress should not show them.
+            of a part and progress should not show them; empty as long as there is nothing to measure.
         evaluated: the names that `evaluate` returns.
         figures: from a state to figures by name.
         before_step: from (updates done, state) to state: what happens at fixed steps outside of the jitted step. It
@@ -385,6 +385,8 @@ class _Loop:
         begin = time.perf_counter()
         scores = {name: float(value) for name, value in self.task.evaluate(self.state).items()}
         seconds = time.perf_counter() - begin
+        if not scores:
+            return {}
         self.writer.scalars(self.step, scores)
         shown = format_metrics({name: value for name, value in scores.items() if name.count('/') < 2})
         self.progress.message(f'step {self.step}  {shown}  (evaluated in {seconds:.1f} s)')

@@ -113,8 +113,13 @@ def step(
     return where(moving, moved, params), state
 
 
-def moving_average(params: Tree, average: Tree | None, decay: float, moving: jax.Array) -> Tree | None:
-    """The average of the parameters with those of a step added, as it was where not `moving`; None stays None."""
+def moving_average(params: Tree, average: Tree | None, decay: float, step: jax.Array, moving: jax.Array) -> Tree | None:
+    """The average of the parameters with those of a step added, as it was where not `moving`; None stays None.
+
+    At first it forgets faster than `decay` says, by (1 + step) / (10 + step), as TensorFlow's
+    `tf.train.ExponentialMovingAverage` does: the initial values would otherwise stay in it for long.
+    """
     if average is None:
         return None
-    return where(moving, optax.incremental_update(params, average, 1 - decay), average)
+    kept = jnp.minimum(decay, (1 + step) / (10 + step))
+    return where(moving, optax.incremental_update(params, average, 1 - kept), average)

@@ -297,7 +297,7 @@ def update(recipe: Recipe, state: TransformerState, example: Example) -> tuple[T
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(metrics['loss'] + norm)
     params, optimizer = optimizers.step(recipe.optimizer, gradient, state.params, state.optimizer, rate, finite)
-    average = optimizers.moving_average(params, state.average, recipe.settings.ema_decay, finite)
+    average = optimizers.moving_average(params, state.average, recipe.settings.ema_decay, state.step, finite)
     metrics |= {
         'perplexity': jnp.exp(metrics['loss']),
         'gradient_norm': norm,

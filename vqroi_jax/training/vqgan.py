@@ -65,6 +65,7 @@ class Recipe:
     adversarial_start: int
     adversarial_ramp: int
     restart_every: int  # dead codes; 0: never
+    steps: int  # of the whole run
 
 
 def make_model(config: ml_collections.ConfigDict, classes: int) -> VQGAN:
@@ -109,6 +110,7 @@ def make_recipe(config: ml_collections.ConfigDict, classes: int, steps_per_epoch
         adversarial_start=steps('losses.adversarial_start'),
         adversarial_ramp=steps('losses.adversarial_ramp'),
         restart_every=steps('codebook.restart_every'),
+        steps=total,
     )
 
 
@@ -470,7 +472,9 @@ def _update_codebook(
     sums = quantizer.assign(normalised, tokens, settings.codes)
     new_codes, new_usage = quantizer.update_codes(codes, usage, sums, settings.decay)
     if recipe.restart_every > 0:
-        due = (state.step - recipe.warmup_steps + 1) % recipe.restart_every == 0
+        # Right after what is saved and measured at the same interval, and early enough to be learnt from.
+        since = state.step - recipe.warmup_steps
+        due = (since > 0) & (since % recipe.restart_every == 0) & (state.step <= recipe.steps - recipe.restart_every)
         key = jax.random.fold_in(jax.random.key(recipe.settings.seed + 1), state.step)
         restarted = quantizer.restart_dead_codes(key, new_codes, new_usage, normalised, settings.dead_below)
         new_codes, new_usage = jax.tree.map(
@@ -515,7 +519,7 @@ def update(recipe: Recipe, state: VQGANState, batch: Batch, noise: Noise, weight
             codebook=optimizers.where(finite, codebook, state.codebook),
             optimizer=optimizer,
             discriminator_optimizer=discriminator_optimizer,
-            average=optimizers.moving_average(params, state.average, recipe.settings.ema_decay, finite),
+            average=optimizers.moving_average(params, state.average, recipe.settings.ema_decay, state.step, finite),
         )
     return new_state, {
         **grads.metrics,
