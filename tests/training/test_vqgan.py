@@ -204,7 +204,10 @@ def test_dead_codes_begin_anew_after_a_period_and_not_when_it_is_late():
 
 
 def assert_states_close(actual, expected, rate):
-    """As after the same step: all to float tolerance, but what Adam moves on rounding, within 3 learning rates."""
+    """As after the same step: all to float tolerance, but what Adam moves on rounding, within 3 learning rates.
+
+    Of few numbers, as of a bias, that may be one, of which the gradient is nearly 0.
+    """
     assert_trees_close(actual.codebook, expected.codebook, 1e-4)
     others = dict(jax.tree.leaves_with_path((actual.params, actual.discriminator)))
     for path, leaf in jax.tree.leaves_with_path((expected.params, expected.discriminator)):
@@ -212,7 +215,7 @@ def assert_states_close(actual, expected, rate):
         name = jax.tree_util.keystr(path)
         assert difference.max() <= 3 * rate, name
         if not any(centred in name for centred in CENTRED):
-            assert np.mean(difference > 0.05 * rate) < 0.02, name
+            assert np.sum(difference > 0.05 * rate) <= max(1, 0.02 * difference.size), name
 
 
 def on_mesh(state, mesh):
