@@ -133,10 +133,10 @@ class Seen(NamedTuple):
     logits: jax.Array  # float32 [B, classes]
 
 
-def make_look(recipe: vqgan.Recipe, mesh: Mesh) -> Callable[[dict, jax.Array, jax.Array], Seen]:
+def make_look(recipe: vqgan.Recipe, mesh: Mesh) -> Callable[[dict, jax.Array, np.bool_], Seen]:
     """The jitted forward pass that validation and figures share: to `Seen`, by rows.
 
-    It is of variables, global volumes, and whether there is a codebook yet (bool scalar) that quantises.
+    It is of variables, global volumes, and whether there is a codebook yet that quantises.
     """
 
     def look(variables: dict, volume: jax.Array, quantise: jax.Array) -> Seen:
@@ -165,7 +165,7 @@ def evaluated_names(cohort: pipeline.PreparedCohort) -> tuple[str, ...]:
 
 def make_evaluation(
     recipe: vqgan.Recipe,
-    look: Callable[[dict, jax.Array, jax.Array], Seen],
+    look: Callable[[dict, jax.Array, np.bool_], Seen],
     cohort: pipeline.PreparedCohort,
     mesh: Mesh,
 ) -> Callable[[vqgan.VQGANState], dict[str, float]]:
@@ -200,7 +200,7 @@ def make_evaluation(
         variables, parts = vqgan.evaluation_variables(state), []
         for rows in pipeline.eval_batches(source, batch_size, **partitioning.this_process(mesh)):
             batch = partitioning.put_batch(rows, mesh)
-            parts.append(jax.device_get(sums(look(variables, batch['volume'], jnp.asarray(True)), batch)))
+            parts.append(jax.device_get(sums(look(variables, batch['volume'], np.True_), batch)))
         by_class, patients, tokens = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
         figures = {f'val/{name}': float(values.sum() / patients.sum()) for name, values in by_class.items()}
         for number in np.flatnonzero(patients):
@@ -215,7 +215,7 @@ def make_evaluation(
 
 def make_figures(
     recipe: vqgan.Recipe,
-    look: Callable[[dict, jax.Array, jax.Array], Seen],
+    look: Callable[[dict, jax.Array, np.bool_], Seen],
     cohort: pipeline.PreparedCohort,
     split: str,
     mesh: Mesh,
@@ -233,7 +233,7 @@ def make_figures(
     batches = [partitioning.put_batch({'volume': padded[i : i + rows][mine]}, mesh)['volume'] for i in first]
 
     def figures(state: vqgan.VQGANState) -> dict[str, Figure]:
-        variables, quantise = vqgan.evaluation_variables(state), state.step > recipe.warmup_steps
+        variables, quantise = vqgan.evaluation_variables(state), np.bool_(int(state.step) > recipe.warmup_steps)
         seen = [partitioning.gather(look(variables, volume, quantise)) for volume in batches]
         fakes, scores = (
             np.concatenate([getattr(one, name) for one in seen])[: len(shown)] for name in ('reconstruction', 'scores')

@@ -204,10 +204,7 @@ def test_dead_codes_begin_anew_after_a_period_and_not_when_it_is_late():
 
 
 def assert_states_close(actual, expected, rate):
-    """As after the same step: all to float tolerance, but what Adam moves on rounding, within 3 learning rates.
-
-    Of few numbers, as of a bias, that may be one, of which the gradient is nearly 0.
-    """
+    """As after the same step: all to float tolerance, but what Adam moves on rounding, within 3 learning rates."""
     assert_trees_close(actual.codebook, expected.codebook, 1e-4)
     others = dict(jax.tree.leaves_with_path((actual.params, actual.discriminator)))
     for path, leaf in jax.tree.leaves_with_path((expected.params, expected.discriminator)):
@@ -215,7 +212,7 @@ def assert_states_close(actual, expected, rate):
         name = jax.tree_util.keystr(path)
         assert difference.max() <= 3 * rate, name
         if not any(centred in name for centred in CENTRED):
-            assert np.sum(difference > 0.05 * rate) <= max(1, 0.02 * difference.size), name
+            assert np.mean(difference > 0.05 * rate) < 0.02, name
 
 
 def on_mesh(state, mesh):
@@ -353,8 +350,10 @@ def test_256_cubed_trains_in_eight_parts():
     """As deep a network as the paper's, with narrow channels."""
     changes = {'model.channels': (4, 8, 8, 8), 'discriminator.channels': (4, 8, 8, 8), 'model.remat': 'activations'}
     changes |= {f'model.{side}_res_blocks': (1, 1, 1, 1) for side in ('encoder', 'decoder')}
+    # Rounding grows on the way back through sums over 17 million voxels; it shows most at biases before norms. It is
+    # about 1e-6 beside gradients of 1e-2: with such an epsilon a step follows the gradient there, too, not its sign.
+    changes |= {'optimizer.epsilon': 1e-4}
     config = tiny_config(seed=3, batch_size=1, **{'data.roi_size': (256,) * 3, 'model.num_groups': 2}, **changes)
-    # Rounding grows on the way back through sums over 17 million voxels; it shows most at biases before norms.
     step, (wide_step, _), _ = same_steps(config, {'spatial': 8}, 1, tolerance=1e-2)
     whole, part = (each.memory_analysis().temp_size_in_bytes for each in (step, wide_step))
     print(f'a step needs {whole / 2**30:.2f} GiB on one device, {part / 2**30:.2f} GiB on each of eight')

@@ -404,7 +404,7 @@ def gather(tree: Any) -> Any:
 
 def _gather(array: jax.Array) -> np.ndarray:
     rows = max(1, GATHERED * len(array) // max(array.nbytes, 1))
-    parts = [array[start : start + rows] for start in range(0, len(array), rows)] if rows < len(array) else [array]
+    parts = (array[start : start + rows] for start in range(0, len(array), rows))  # each when the one before is there
     return np.concatenate([multihost_utils.process_allgather(part, tiled=True) for part in parts])
 
 
